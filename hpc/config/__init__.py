@@ -1,0 +1,12 @@
+"""What a user may ask for: classes with a docstring under each field, loaded from YAML. Imports nothing heavy."""
+
+from hpc.config.machine import Facility, Machine, PowerModel
+from hpc.config.run import RunConfig, Tracking
+from hpc.config.stages import Artifact, Evaluate, Lora, Merge, Prepare, Pretrain, Quantize, Report, Source, Stage
+from hpc.config.train import AdapterTraining, Model, Optimizer, Parallel, Router, Schedule, Training, TrainingBase
+
+__all__ = [
+    "AdapterTraining", "Artifact", "Evaluate", "Facility", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel",
+    "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig", "Schedule", "Source", "Stage",
+    "Tracking", "Training", "TrainingBase",
+]  # fmt: skip

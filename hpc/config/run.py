@@ -1,0 +1,97 @@
+"""A run: one YAML file, a chain of named stages. The chain is checked here, when it is loaded."""
+
+from collections.abc import Iterable
+from graphlib import CycleError, TopologicalSorter
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeInt, model_validator
+
+from hpc.config.base import Frozen
+from hpc.config.near import nearest
+from hpc.config.stages import Artifact, Stage
+
+
+class Tracking(Frozen):
+    """Weights & Biases, the mirror of metrics.jsonl. One run per stage, grouped by the chain."""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """`auto` is online where WANDB_API_KEY is set and offline where it is not; `launch.py` never asks for a key."""
+
+    project: str = "greenmoe"
+    """W&B project."""
+
+    entity: str | None = None
+    """W&B team or user."""
+
+
+class RunConfig(Frozen):
+    """One chain, from raw text to a model that answers."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    """Name of the run; its directory is run_root/name."""
+
+    run_root: str = "runs"
+    """Folder that holds run directories, relative to where `launch.py` is called."""
+
+    seed: NonNegativeInt = 1
+    """Seed of initial weights, data order and generated text."""
+
+    tracking: Tracking = Tracking()
+    """Where metrics are mirrored to."""
+
+    stages: list[Stage] = Field(min_length=1)
+    """The chain. Stages run as soon as what they need is there; order in the file does not matter."""
+
+    @model_validator(mode="after")
+    def _check_chain(self) -> Self:
+        names = [stage.name for stage in self.stages]
+        for index, stage in enumerate(self.stages):
+            where = f"stages[{index}] {stage.name!r}"
+            if names.index(stage.name) != index:
+                raise ValueError(f"{where}: the name is used twice: stage names must be unique")
+            for need in stage.needs:
+                if need not in names:
+                    raise ValueError(f"{where} needs {need!r}, which is not a stage{nearest(need, names)}")
+            if len(set(stage.needs)) != len(stage.needs):
+                raise ValueError(f"{where}: needs names a stage twice: drop one")
+        try:
+            tuple(TopologicalSorter({stage.name: stage.needs for stage in self.stages}).static_order())
+        except CycleError as error:
+            circle = " -> ".join(reversed(error.args[1]))
+            raise ValueError(f"the chain goes in a circle ({circle}): drop one of these needs") from None
+        for index, stage in enumerate(self.stages):
+            _check_inputs(f"stages[{index}] {stage.name!r}", stage, {s.name: s.produces for s in self.stages})
+        return self
+
+    def ordered(self) -> list[Stage]:
+        """Stages in an order in which each comes after what it needs."""
+        graph = {stage.name: stage.needs for stage in self.stages}
+        return [self.stage(name) for name in TopologicalSorter(graph).static_order()]
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name; KeyError when there is none."""
+        for stage in self.stages:
+            if stage.name == name:
+                return stage
+        raise KeyError(name)
+
+    def needed(self, stage: Stage, produces: Iterable[Artifact]) -> list[Stage]:
+        """The stages that `stage` needs and that produce one of the named artifacts, in the order of `needs`."""
+        wanted = tuple(produces)
+        return [self.stage(need) for need in stage.needs if self.stage(need).produces in wanted]
+
+
+def _check_inputs(where: str, stage: Stage, produces: dict[str, Artifact]) -> None:
+    left = [(need, produces[need]) for need in stage.needs]
+    for alternatives in stage.requires:
+        found = next((item for item in left if item[1] in alternatives), None)
+        if found is None:
+            makers = [name for name, artifact in produces.items() if artifact in alternatives and name != stage.name]
+            hint = f"add one of {', '.join(makers)} to needs" if makers else "add a stage that makes one"
+            raise ValueError(f"{where} ({stage.kind}) needs a stage that produces {' or '.join(alternatives)}: {hint}")
+        left.remove(found)
+    for need, artifact in left:
+        if artifact not in stage.accepts:
+            raise ValueError(f"{where} ({stage.kind}) cannot use {need!r}, which produces {artifact}: drop it from needs")
+    if stage.kind == "prepare" and len(stage.needs) > 1:
+        raise ValueError(f"{where} needs {len(stage.needs)} stages, but takes its tokenizer from one: keep one")

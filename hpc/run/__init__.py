@@ -1,0 +1,1 @@
+"""The run directory: every path, receipts, attempts, atomic writes and hashes. Imports nothing heavy."""

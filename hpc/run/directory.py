@@ -1,0 +1,188 @@
+"""Where everything of a run lies on disk, and how files get there: whole or not at all.
+
+    RUN/config.yaml            the configuration as it was given, resolved
+    RUN/plan.json              what runs
+    RUN/report.html            the last report
+    RUN/stages/STAGE/          one stage
+        task.json              what the worker was told to do
+        attempts.jsonl         one line when an attempt starts, one when it ends
+        metrics.jsonl          one line per logged step: the truth that W&B mirrors
+        energy-HOST.jsonl      one line per second and node
+        progress.json          where the running attempt is
+        checkpoints/step-N/    published checkpoints, never changed once they are there
+        artifact/              what the next stages read
+        receipt.json           written last: the stage is done
+        jobs/ wandb/           submitit's files and logs; W&B's files
+    RUN/superseded/STAGE-N/    stages that a changed configuration made again
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hpc.errors import StorageError
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError on writing below `path` into one line with a way out."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(storage_message(path, error)) from error
+
+
+def storage_message(path: Path, error: OSError) -> str:
+    """One line for an OSError: what could not be written, why, and what to change."""
+    return f"cannot write {error.filename or path}: {error.strerror or error}; free some space or --set run_root=DIR"
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, whatever happens. Raises StorageError."""
+    staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with storage_errors(path):
+        try:
+            with staging.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(path)
+        except BaseException:
+            staging.unlink(missing_ok=True)
+            raise
+
+
+def write_json(path: Path, value: Any) -> None:
+    """`write_atomic` of indented JSON."""
+    write_atomic(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def append_jsonl(path: Path, row: dict[str, Any]) -> None:
+    """Append one line in one write. Raises StorageError."""
+    with storage_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """All whole rows of a file that may not exist; a torn last line (a killed writer) is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def file_sizes(root: Path) -> int:
+    """Bytes of all files below `root`."""
+    return sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+
+
+@dataclass(frozen=True)
+class StageDirectory:
+    """The paths of one stage."""
+
+    root: Path
+
+    @property
+    def task(self) -> Path:
+        """What the worker was told to do."""
+        return self.root / "task.json"
+
+    @property
+    def attempts(self) -> Path:
+        """Append-only record of attempts."""
+        return self.root / "attempts.jsonl"
+
+    @property
+    def metrics(self) -> Path:
+        """Append-only metrics, one row per logged step."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def progress(self) -> Path:
+        """Where the running attempt is, replaced about once a second."""
+        return self.root / "progress.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Published checkpoints."""
+        return self.root / "checkpoints"
+
+    @property
+    def artifact(self) -> Path:
+        """What later stages read."""
+        return self.root / "artifact"
+
+    @property
+    def receipt(self) -> Path:
+        """Proof that the stage is done."""
+        return self.root / "receipt.json"
+
+    @property
+    def jobs(self) -> Path:
+        """submitit's files and the logs of each rank."""
+        return self.root / "jobs"
+
+    @property
+    def lock(self) -> Path:
+        """Held by rank 0 of the running attempt."""
+        return self.root / ".lock"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The paths of one run."""
+
+    root: Path
+
+    @classmethod
+    def create(cls, run_root: Path, name: str) -> "RunDirectory":
+        """Make RUN and check that it can be written. Readable by its owner only. Raises StorageError."""
+        root = (run_root / name).absolute()
+        with storage_errors(root):
+            root.mkdir(parents=True, exist_ok=True, mode=0o700)
+            probe = root / f".probe-{os.getpid()}"
+            probe.write_bytes(b"\0" * 65536)
+            probe.unlink()
+        return cls(root)
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """The plan of the last launch."""
+        return self.root / "plan.json"
+
+    @property
+    def report(self) -> Path:
+        """The last report."""
+        return self.root / "report.html"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the `launch.py run` that drives the chain."""
+        return self.root / ".lock"
+
+    def stage(self, name: str) -> StageDirectory:
+        """The paths of one stage."""
+        return StageDirectory(self.root / "stages" / name)
+
+    def supersede(self, name: str) -> Path:
+        """Move a stage aside, with all it spent, so that it can be made again. Returns where it went."""
+        number = 1
+        while (target := self.root / "superseded" / f"{name}-{number}").exists():
+            number += 1
+        with storage_errors(target):
+            target.parent.mkdir(exist_ok=True)
+            self.stage(name).root.rename(target)
+        return target

@@ -1,0 +1,147 @@
+"""What the launcher tells a worker, and what a stage has in its hands while it runs."""
+
+import json
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter
+
+from hpc.config import Facility, Machine, Stage, Tracking
+from hpc.config.base import Frozen
+from hpc.errors import ArtifactError, StageError
+from hpc.run.directory import StageDirectory, write_atomic, write_json
+from hpc.run.receipt import Receipt, read_receipt, verify
+
+
+class TaskFile(Frozen):
+    """task.json: everything one stage needs to know. Paths are absolute; the worker may run in any folder."""
+
+    run: str
+    """Name of the run."""
+    run_directory: str
+    """Root of the run directory."""
+    stage: Stage
+    """What is to be done."""
+    stages: list[Stage]
+    """The whole chain, for the report and for lineage."""
+    inputs: dict[str, str]
+    """Stage name -> digest of its artifact when this task was written."""
+    seed: int
+    """Seed of the run."""
+    tracking: Tracking
+    """Where metrics are mirrored to."""
+    machine: Machine
+    """What the stage runs on."""
+    facility: Facility
+    """The building, as far as the site states it."""
+    ranks: int = Field(ge=1)
+    """Worker processes."""
+    nodes: int = Field(ge=1)
+    """Nodes."""
+
+    def write(self, path: Path) -> None:
+        """Publish the task. Raises StorageError."""
+        write_atomic(path, self.model_dump_json(indent=1) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> "TaskFile":
+        """Read a task that `write` wrote."""
+        return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
+
+
+@dataclass
+class StopRequest:
+    """Set by signals on any rank; the training loop agrees on it at a step boundary."""
+
+    requested: bool = False
+
+    def listen(self) -> None:
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to save and stop, in place of submitit's own handlers."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+            signal.signal(number, self._set)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
+
+    def _set(self, *_: object) -> None:
+        self.requested = True
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one attempt. Filled from the job's environment before torch is imported."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Rank 0 writes what is written once."""
+        return self.rank == 0
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a stage works with: its task, its folder, its ranks, a way to be stopped and a way to say where it is."""
+
+    task: TaskFile
+    directory: StageDirectory
+    world: World
+    attempt: int
+    stop: StopRequest = field(default_factory=StopRequest)
+
+    def input_directory(self, name: str) -> StageDirectory:
+        """Folder of a stage this one needs."""
+        return StageDirectory(Path(self.task.run_directory) / "stages" / name)
+
+    def input_receipt(self, name: str) -> Receipt:
+        """Receipt of a stage this one needs. Raises ArtifactError when it has none."""
+        receipt = read_receipt(self.input_directory(name))
+        if receipt is None:
+            raise ArtifactError(f"stage {self.task.stage.name!r} needs {name!r}, which has no receipt: run it first")
+        return receipt
+
+    def verify_inputs(self) -> None:
+        """Hash everything this stage is about to read. Raises ArtifactError that names a damaged file."""
+        for name in self.task.stage.needs:
+            verify(self.input_directory(name), self.input_receipt(name))
+
+    def inputs(self, *artifacts: str) -> list[tuple[str, Path]]:
+        """(name, artifact folder) of the needed stages that produce one of `artifacts`, in the order of `needs`."""
+        by_name = {stage.name: stage for stage in self.task.stages}
+        return [
+            (name, self.input_directory(name).artifact)
+            for name in self.task.stage.needs
+            if by_name[name].produces in artifacts
+        ]
+
+    def progress(self, text: str, *, done: float | None = None, total: float | None = None, **figures: Any) -> None:
+        """Say where the stage is, for the live view: a phrase, a fraction, and figures such as loss."""
+        if self.world.is_first:
+            now = {"attempt": self.attempt, "time": time.time(), "text": text, "done": done, "total": total, **figures}
+            write_json(self.directory.progress, now)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a stage leaves for its receipt, returned by rank 0."""
+
+    metrics: dict[str, Any]
+    provenance: dict[str, str]
+    census: dict[str, Any] = field(default_factory=dict)
+    libraries: tuple[str, ...] = ()
+    """Packages whose versions belong in the receipt."""
+
+
+def read_progress(directory: StageDirectory) -> dict[str, Any]:
+    """The last word of the running attempt; empty when there is none."""
+    try:
+        value = json.loads(directory.progress.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(value, dict):
+        raise StageError(f"{directory.progress} does not hold an object")
+    return value
