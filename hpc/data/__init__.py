@@ -1,0 +1,1 @@
+"""Text to tokens on disk, and a loader whose position is a number."""

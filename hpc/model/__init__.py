@@ -1,0 +1,1 @@
+"""transformers models, built from a configuration or loaded, and what their routers do."""

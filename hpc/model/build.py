@@ -1,0 +1,100 @@
+"""transformers models from a configuration or from disk. The door to transformers' model classes."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, OlmoeConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers.utils import logging
+
+from hpc.config import Model, Router
+from hpc.errors import ArtifactError
+
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+
+PRESETS = {"qwen3_moe": "qwen3_moe", "olmoe": "qwen3_moe"}
+"""transformers model type -> the layer shape that expert parallelism knows (OLMoE's MoE block is Qwen3-MoE's)."""
+
+
+def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, end_of_text_id: int) -> PretrainedConfig:
+    """The transformers configuration of a model described by ours. Embedding and head are not tied."""
+    common: dict[str, Any] = {
+        "vocab_size": vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.expert_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.kv_heads,
+        "num_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "norm_topk_prob": True,
+        "max_position_embeddings": seq_len,
+        "rope_theta": model.rope_theta,
+        "initializer_range": model.initializer_range,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "bos_token_id": None,
+        "eos_token_id": end_of_text_id,
+        "pad_token_id": None,
+    }
+    if model.architecture == "olmoe":
+        return OlmoeConfig(**common)
+    return Qwen3MoeConfig(
+        **common,
+        head_dim=model.head_dim,
+        moe_intermediate_size=model.expert_size,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    )
+
+
+def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
+    """A model with random fp32 weights that depend on `seed` alone."""
+    torch.manual_seed(seed)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model
+
+
+def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a saved model. Raises ArtifactError when a tensor is missing or left over: none may stay random."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
+        if info.get(problem):
+            names = ", ".join(str(name) for name in list(info[problem])[:3])
+            raise ArtifactError(f"{folder}: {len(info[problem])} {problem.replace('_', ' ')} while loading ({names})")
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def save_model(config: PretrainedConfig, state: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
+    """Save weights as a plain transformers folder (safetensors); returns a census of the tensors written.
+
+    `state` must name exactly the parameters of the architecture: strict loading proves that none is missing.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(state, strict=True)
+    model.save_pretrained(folder)
+    return census(state)
+
+
+def census(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Tensors and parameters by group: experts, router, attention, embedding and head, norms."""
+    groups: dict[str, dict[str, int]] = {}
+    for name, tensor in state.items():
+        group = tensor_group(name)
+        entry = groups.setdefault(group, {"tensors": 0, "parameters": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += tensor.numel()
+    return groups
+
+
+def tensor_group(name: str) -> str:
+    """Which part of the model a parameter belongs to, from its transformers name."""
+    if ".experts." in name:
+        return "experts"
+    if ".mlp.gate." in name:
+        return "router"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".self_attn." in name else "embedding and head"
