@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeInt, model_validator
 
@@ -41,6 +41,20 @@ class RunConfig(Frozen):
 
     stages: list[Stage] = Field(min_length=1)
     """The chain. Stages run as soon as what they need is there; order in the file does not matter."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _report_on_everything(cls, values: Any) -> Any:
+        """A report that names no needs is about all other stages."""
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            return values
+        others = [stage.get("name") for stage in stages if stage.get("kind") != "report"]
+        filled = [
+            {**stage, "needs": others} if stage.get("kind") == "report" and not stage.get("needs") else stage
+            for stage in stages
+        ]
+        return {**values, "stages": filled}
 
     @model_validator(mode="after")
     def _check_chain(self) -> Self:

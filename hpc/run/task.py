@@ -11,7 +11,7 @@ from pydantic import Field, TypeAdapter
 
 from hpc.config import Facility, Machine, Stage, Tracking
 from hpc.config.base import Frozen
-from hpc.errors import ArtifactError, StageError
+from hpc.errors import ArtifactError, StageError, Stopped
 from hpc.run.directory import StageDirectory, write_atomic, write_json
 from hpc.run.receipt import Receipt, read_receipt, verify
 
@@ -52,20 +52,29 @@ class TaskFile(Frozen):
         return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
 
 
+def asked(stage: Stage, seed: int) -> dict[str, Any]:
+    """What a stage's result depends on besides its inputs: its configuration, and the seed where one is used."""
+    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs"})
+    return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
+
+
 @dataclass
 class StopRequest:
-    """Set by signals on any rank; the training loop agrees on it at a step boundary."""
+    """Set by signals on any rank. The training loop defers it to a step boundary; elsewhere it ends the stage at once."""
 
     requested: bool = False
+    deferred: bool = False
 
     def listen(self) -> None:
-        """Take SIGTERM, SIGINT and SIGUSR2 as requests to save and stop, in place of submitit's own handlers."""
+        """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop, in place of submitit's own handlers."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
             signal.signal(number, self._set)
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
     def _set(self, *_: object) -> None:
         self.requested = True
+        if not self.deferred:
+            raise Stopped("stopped before the stage was done; it starts again with the next run")
 
 
 @dataclass(frozen=True)

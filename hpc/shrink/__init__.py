@@ -1,0 +1,1 @@
+"""Post-training quantization, and proof that it did what it says."""

@@ -1,0 +1,95 @@
+"""The door to auto-round: weight-only quantization of linear layers and experts into the compressed-tensors format.
+
+Round-to-nearest, tensor by tensor from disk, so memory does not grow with the model. transformers and vLLM read the
+format; transformers unpacks it to full precision at load, so the file shrinks, not the memory of a transformers
+process. Embedding, head, norms and router keep their precision.
+
+What a library writes is not believed: `check` reads the artifact back and compares it with its source.
+"""
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from transformers import PreTrainedModel
+
+from hpc.errors import ArtifactError
+from hpc.model.build import load_model, tensor_group
+
+KL_LIMIT = {4: 0.05, 8: 0.005}
+"""Largest accepted KL divergence (nats per token) from the source; a misread artifact is far above, 4 bits far below."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A quantized model against its source on the same ids."""
+
+    kl: float
+    """Mean KL(source || quantized), nats per token."""
+    top1_agreement: float
+    """Fraction of positions with the same most likely token."""
+
+
+def quantize(source: Path, folder: Path, bits: int, group_size: int, scratch: Path) -> None:
+    """Quantize a transformers folder into `folder`. Raises ArtifactError when auto-round leaves no model behind."""
+    from auto_round import AutoRound
+
+    shutil.rmtree(scratch, ignore_errors=True)
+    rounding = AutoRound(
+        str(source), bits=bits, group_size=group_size, sym=True, iters=0, disable_opt_rtn=True, device_map="cpu",
+        scheme=f"W{bits}A16",
+    )  # fmt: skip
+    rounding.quantize_and_save(output_dir=str(scratch), format="llm_compressor")
+    written = [path.parent for path in scratch.rglob("config.json")]
+    if len(written) != 1:
+        raise ArtifactError(f"auto-round wrote {len(written)} models into {scratch} where one was expected")
+    written[0].rename(folder)
+    shutil.rmtree(scratch, ignore_errors=True)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+
+
+def load_any_model(folder: Path) -> PreTrainedModel:
+    """A plain or quantized model in fp32; quantized weights are unpacked. Raises ArtifactError for missing tensors."""
+    return load_model(folder, torch.float32)
+
+
+def compare(source: PreTrainedModel, quantized: PreTrainedModel, ids: torch.Tensor) -> Comparison:
+    """Compare two models on ids (B, S)."""
+    with torch.no_grad():
+        p = source(input_ids=ids, use_cache=False).logits.log_softmax(-1)
+        q = quantized(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    return Comparison(kl, float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+
+
+def check(comparison: Comparison, packed: dict[str, Any], experts: int, bits: int) -> None:
+    """Refuse an artifact that is not what it says. Raises ArtifactError.
+
+    experts: matrices of single experts the model has; packed: `packed_census` of the artifact.
+    """
+    found = packed.get("experts", {}).get("packed_tensors", 0)
+    if found != experts:
+        raise ArtifactError(f"{found} of {experts} expert matrices were quantized: the artifact is refused")
+    if not comparison.kl <= KL_LIMIT[bits]:
+        raise ArtifactError(
+            f"the quantized model read back differs from its source by KL {comparison.kl:.4f} nats per token where "
+            f"{KL_LIMIT[bits]} is accepted at {bits} bits: the artifact is refused"
+        )
+
+
+def packed_census(folder: Path) -> dict[str, Any]:
+    """Tensors and bytes on disk by group, and how many of them are packed integers."""
+    groups: dict[str, dict[str, int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open has no iterator
+                tensor = file.get_tensor(name)
+                entry = groups.setdefault(tensor_group(name), {"tensors": 0, "packed_tensors": 0, "bytes": 0})
+                entry["tensors"] += 1
+                entry["packed_tensors"] += name.endswith("weight_packed")
+                entry["bytes"] += tensor.numel() * tensor.element_size()
+    return groups

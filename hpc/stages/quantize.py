@@ -1,0 +1,65 @@
+"""Post-training quantization, read back and compared. artifact/: a transformers folder in compressed-tensors format."""
+
+import torch
+
+from hpc.config import Quantize
+from hpc.errors import ConfigError
+from hpc.model.build import load_model
+from hpc.run.directory import file_sizes
+from hpc.run.task import Context, Result
+from hpc.shrink.quantize import check, compare, packed_census, quantize
+from hpc.stages.common import copy_tokenizer_files
+
+
+def run(context: Context) -> Result:
+    """Do the stage. Raises ArtifactError when the artifact read back is not the model."""
+    stage = context.task.stage
+    assert isinstance(stage, Quantize)
+    name, source = context.inputs("model")[0]
+    context.progress("loading")
+    model = load_model(source).eval()
+    config = model.config
+    expert_size = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    for setting, size in (("hidden_size", config.hidden_size), ("expert_size", expert_size)):
+        if size % stage.group_size:
+            raise ConfigError(f"group_size {stage.group_size} does not divide {setting} {size} of {name!r}: choose 64 or 32")
+
+    artifact = context.directory.artifact
+    staging = artifact.with_name(".artifact")
+    context.progress(f"quantizing to {stage.bits} bits")
+    quantize(source, staging, stage.bits, stage.group_size, artifact.with_name(".scratch"))
+    copy_tokenizer_files(source, staging)
+
+    context.progress("reading back")
+    ids = torch.randint(config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(context.task.seed))
+    comparison = compare(model, load_model(staging).eval(), ids)
+    packed = packed_census(staging)
+    check(comparison, packed, 3 * config.num_experts * config.num_hidden_layers, stage.bits)
+    staging.rename(artifact)
+
+    weights_before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    weights_after = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
+    parameters = model.num_parameters()
+    metrics = {
+        "bits": stage.bits,
+        "bits_per_weight": 8 * weights_after / parameters,
+        "expert_bits_per_weight": 8 * packed["experts"]["bytes"] / (3 * config.num_experts * config.num_hidden_layers)
+        / (config.hidden_size * expert_size),
+        "bytes_before": weights_before,
+        "bytes_after": weights_after,
+        "artifact_bytes": file_sizes(artifact),
+        "kl": comparison.kl,
+        "top1_agreement": comparison.top1_agreement,
+    }  # fmt: skip
+    read_back = "measured: artifact read back by transformers against its source, 512 random ids"
+    provenance = {
+        "bits": "derived: from the configuration",
+        "bits_per_weight": "derived: weight files / parameters, embedding and head included",
+        "expert_bits_per_weight": "derived: bytes of expert tensors / expert parameters",
+        "bytes_before": "measured: weight files of the source",
+        "bytes_after": "measured: weight files of the artifact",
+        "artifact_bytes": "measured: all files of the artifact",
+        "kl": read_back,
+        "top1_agreement": read_back,
+    }
+    return Result(metrics, provenance, packed, ("torch", "transformers", "auto-round", "compressed-tensors"))

@@ -1,0 +1,40 @@
+"""metrics.jsonl: one row per logged step, appended by rank 0. The truth; W&B shows a copy.
+
+A row: step (updates done), tokens, attempt, time (unix), then figures. After a resume the steps since the checkpoint
+appear again with the next attempt's number: `history` keeps the last one of each step.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from hpc.run.directory import append_jsonl, read_jsonl
+from hpc.tracking.wandb import Mirror
+
+
+class Metrics:
+    """Writer of one stage's rows: to the file, then to the mirror."""
+
+    def __init__(self, path: Path, mirror: Mirror) -> None:
+        self._path, self._mirror = path, mirror
+        self._last_mirrored = max((int(row["step"]) for row in read_jsonl(path)), default=-1)
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Append a row. A step that an earlier attempt already mirrored is not sent to W&B a second time."""
+        append_jsonl(self._path, row)
+        if int(row["step"]) > self._last_mirrored:
+            self._mirror.log(row)
+
+
+def history(path: Path) -> list[dict[str, Any]]:
+    """Rows in the order of steps, the last attempt's row where a step was done more than once."""
+    rows: dict[int, dict[str, Any]] = {}
+    for row in read_jsonl(path):
+        if "step" in row:
+            rows[int(row["step"])] = row
+    return [rows[step] for step in sorted(rows)]
+
+
+def replayed_steps(path: Path) -> int:
+    """Steps that were computed more than once because an attempt died after its last checkpoint."""
+    rows = [int(row["step"]) for row in read_jsonl(path) if "step" in row]
+    return len(rows) - len(set(rows))

@@ -1,0 +1,264 @@
+"""The one training loop: next-token prediction over packed tokens, for pretraining and for adapters.
+
+A step: read micro-batches by position, forward, loss + balancing loss, backward; all ranks agree that the loss is
+finite and whether somebody asked to stop; update; log; now and then measure the held-out loss and checkpoint.
+The state of the loop is the step number: data position, learning rate and schedule are functions of it.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hpc.config import TrainingBase
+from hpc.data.loader import Loader
+from hpc.data.store import TokenStore
+from hpc.energy.ledger import EnergyMeter
+from hpc.errors import StageError, Stopped
+from hpc.evaluate.loss import held_out_loss, token_losses
+from hpc.model.routing import RouterProbe, load_metrics
+from hpc.run.receipt import digest
+from hpc.run.task import Context, asked
+from hpc.tracking.metrics import Metrics, replayed_steps
+from hpc.tracking.wandb import Mirror
+from hpc.train.checkpoint import Checkpoints
+from hpc.train.engine import Engine
+from hpc.train.schedule import learning_rate
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, on what."""
+
+    model: nn.Module
+    settings: TrainingBase
+    top_k: int
+    aux_loss: float
+    train_tokens: TokenStore
+    held_out_tokens: TokenStore
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training ended with."""
+
+    engine: Engine
+    first_held_out_loss: float | None
+    """Before the first update of the first attempt."""
+    held_out_loss: float
+    """After the last update, over all held-out tokens."""
+    last_loss: float | None
+    tokens_per_s: float | None
+    """Median over this attempt's steps; None when the attempt did none."""
+    replayed_steps: int
+    checkpoints: Checkpoints
+
+
+def train(context: Context, job: Job) -> Trained:
+    """Train to the last step, resuming from the newest checkpoint. Collective.
+
+    Raises Stopped after a clean save when any rank was asked to stop, StageError when the loss is not finite.
+    """
+    stage, world = context.task.stage, context.world
+    mirror = Mirror()
+    if world.is_first:
+        mirror = Mirror.start(
+            context.task.tracking,
+            chain=context.task.run,
+            stage=stage.name,
+            kind=stage.kind,
+            folder=context.directory.root,
+            identity=f"{context.task.run_directory} {stage.name} {digest(asked(stage, context.task.seed))} {context.task.inputs}",
+            config={"run": context.task.run, "stage": stage.model_dump(mode="json"), "inputs": context.task.inputs},
+        )
+    try:
+        trained = _Loop(context, job, mirror).run()
+    except BaseException:
+        mirror.finish(exit_code=1)
+        raise
+    mirror.summary({"final_heldout_loss": trained.held_out_loss})
+    mirror.finish()
+    return trained
+
+
+class _Loop:
+    def __init__(self, context: Context, job: Job, mirror: Mirror) -> None:
+        self.context, self.job, self.settings = context, job, job.settings
+        context.stop.deferred = True
+        world, settings = context.world, job.settings
+        self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+        context.progress("building the engine")
+        self.engine = Engine(job.model, settings, self.device)
+        self.probe = RouterProbe(self.engine.module, job.top_k)
+        self.loader = Loader(
+            job.train_tokens,
+            settings.batches.seq_len,
+            settings.batches.micro_batch_size,
+            settings.gradient_accumulation_steps,
+            world.rank,
+            world.size,
+            context.task.seed,
+        )
+        layout = {
+            "world_size": world.size,
+            "expert_parallel_size": settings.parallel.expert_parallel_size,
+            "zero_stage": settings.parallel.zero_stage,
+            "precision": self.engine.precision,
+            "stage": digest(asked(context.task.stage, context.task.seed)),
+            "inputs": digest(context.task.inputs),
+        }
+        self.checkpoints = Checkpoints(context.directory.checkpoints, world, layout, settings.keep_checkpoints)
+        self.metrics = Metrics(context.directory.metrics, mirror) if world.is_first else None
+        self.meter = EnergyMeter(context.directory.root)
+        self.step_seconds: list[float] = []
+        self.loss: float | None = None
+        self.routing: dict[str, Any] = {}
+
+    def run(self) -> Trained:
+        start = self._resume()
+        settings = self.settings
+        first = self._evaluate(settings.evaluate_tokens) if start == 0 else None
+        if first is not None:
+            self._log(0, {"heldout_loss": first})
+        saved = start
+        for step in range(start, settings.steps):
+            began = time.monotonic()
+            rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
+            stop = self._update(step, rate)
+            self.step_seconds.append(time.monotonic() - began)
+            done = step + 1
+            row = {"loss": self.loss, "lr": rate, "grad_norm": self.engine.gradient_norm, **self.routing}
+            if done % settings.evaluate_every_steps == 0 and done < settings.steps:
+                row["heldout_loss"] = self._evaluate(settings.evaluate_tokens)
+            self._log(done, row)
+            due = done % settings.checkpoint_every_steps == 0 or done == settings.steps
+            if due or stop:
+                self.checkpoints.save(done, self.context.attempt, self.engine.save)
+                saved = done
+            if stop and done < settings.steps:
+                raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
+        final = self._evaluate(None)
+        self._log(settings.steps, {"loss": self.loss, "heldout_loss": final, "grad_norm": self.engine.gradient_norm})
+        seconds = sorted(self.step_seconds)
+        return Trained(
+            engine=self.engine,
+            first_held_out_loss=self._first_held_out_loss(),
+            held_out_loss=final,
+            last_loss=self.loss,
+            tokens_per_s=settings.batches.tokens_per_step / seconds[len(seconds) // 2] if seconds else None,
+            replayed_steps=max(0, replayed_steps(self.context.directory.metrics) - 1),  # the last step has two rows
+            checkpoints=self.checkpoints,
+        )
+
+    def _resume(self) -> int:
+        found = self.checkpoints.newest()
+        if found is None:
+            return 0
+        folder, step = found
+        self.context.progress(f"resuming from step {step}")
+        self.engine.load(folder)
+        return step
+
+    def _update(self, step: int, rate: float) -> bool:
+        """One optimizer step; returns whether some rank wants to stop."""
+        total = torch.zeros((), device=self.device)
+        counts: torch.Tensor | None = None
+        batches = self.loader.micro_batches(step)
+        for number, batch in enumerate(batches):
+            ids = torch.from_numpy(batch)
+            loss = token_losses(self.engine.forward(ids[:, :-1]), ids[:, 1:]).mean()
+            aux, load = self.probe.collect()
+            counts = load if counts is None else counts + load
+            total += loss.detach()
+            self.engine.backward(loss + self.job.aux_loss * aux if self.job.aux_loss else loss)
+            if number + 1 == len(batches):
+                stop = self._agree(total / len(batches), step)
+            self.engine.step(rate)
+        assert counts is not None
+        self.routing = load_metrics(counts.cpu())
+        return stop
+
+    def _agree(self, loss: torch.Tensor, step: int) -> bool:
+        """Mean loss over ranks, checked by all before the update; whether any rank was asked to stop."""
+        stop = float(self.context.stop.requested)
+        word = torch.stack([loss, torch.tensor(stop, device=self.device)])
+        dist.all_reduce(word)
+        self.loss = float(word[0]) / self.context.world.size
+        if not math.isfinite(self.loss):
+            raise StageError(
+                f"the loss of step {step + 1} is not finite: lower train.optimizer.lr = {self.settings.optimizer.lr}; "
+                "the checkpoints before it are intact"
+            )
+        return bool(word[1] > 0)
+
+    def _evaluate(self, max_tokens: int | None) -> float:
+        self.engine.module.eval()
+
+        def told(done: int, total: int) -> None:
+            if max_tokens is None:
+                self.context.progress("held-out loss", done=done, total=total)
+
+        loss, _ = held_out_loss(
+            self.engine.forward,
+            self.job.held_out_tokens,
+            seq_len=self.settings.batches.seq_len,
+            batch_size=self.settings.batches.micro_batch_size,
+            max_tokens=max_tokens,
+            rank=self.context.world.rank,
+            world_size=self.context.world.size,
+            progress=told,
+        )
+        self.engine.module.train()
+        self.probe.discard()
+        return loss
+
+    def _log(self, done: int, figures: dict[str, Any]) -> None:
+        if self.metrics is None:
+            return
+        recent = self.step_seconds[-10:]
+        speed = self.settings.batches.tokens_per_step * len(recent) / sum(recent) if recent else None
+        energy = self.meter.read()
+        row = {
+            "step": done,
+            "tokens": done * self.settings.batches.tokens_per_step,
+            "attempt": self.context.attempt,
+            "time": time.time(),
+            **figures,
+            "tokens_per_s": speed,
+            "node_power_w": energy.power_w_by_host,
+            "energy_j": energy.energy_j,
+        }
+        self.metrics.log(row)
+        left = (self.settings.steps - done) * sum(recent) / len(recent) if recent else None
+        self.context.progress(
+            "training", done=done, total=self.settings.steps, loss=self.loss, tokens_per_s=speed, seconds_left=left
+        )
+
+    def _first_held_out_loss(self) -> float | None:
+        from hpc.tracking.metrics import history
+
+        rows = history(self.context.directory.metrics)
+        return next((row.get("heldout_loss") for row in rows if row["step"] == 0), None)
+
+
+def on_first_rank(world_is_first: bool, action: Callable[[], Any]) -> Any:
+    """Do something on rank 0 while the others wait. Collective; an error on rank 0 ends all of them."""
+    result: Any = None
+    error: BaseException | None = None
+    if world_is_first:
+        try:
+            result = action()
+        except Exception as caught:
+            error = caught
+    failed = [error is not None]
+    dist.broadcast_object_list(failed, src=0)
+    if error is not None:
+        raise error
+    if failed[0]:
+        raise StageError("rank 0 failed while the others waited; its own message says why")
+    return result

@@ -1,0 +1,168 @@
+"""Run a chain on this machine: decide about each stage, start its job, watch it, and stop cleanly when asked."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hpc.config import RunConfig, Stage
+from hpc.errors import GreenMoEError, StageError, Stopped, error_by_exit_code
+from hpc.plan.plan import Plan, StagePlan
+from hpc.plan.show import duration, energy
+from hpc.run.attempts import attempt_ends, count_attempts, exclusive
+from hpc.run.directory import RunDirectory, StageDirectory, storage_errors, write_atomic, write_json
+from hpc.run.receipt import Receipt, read_receipt
+from hpc.run.task import TaskFile
+from slurm.live import View
+from slurm.site import Site
+from slurm.state import Decision, decide, input_digests
+from slurm.submit import LocalStage, submit_local
+
+POLL_S = 0.25
+GRACE_S = 10.0
+"""Seconds that the other ranks have to end by themselves after one has failed."""
+
+
+def run_chain(config: RunConfig, site: Site, plan: Plan) -> RunDirectory:
+    """Run every stage whose receipt is not valid. Raises the GreenMoEError of the stage that failed, or Stopped."""
+    run = RunDirectory.create(Path(config.run_root), config.name)
+    with exclusive(run.lock, f"the run directory {run.root}"):
+        write_atomic(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        write_json(run.plan, plan.to_json())
+        estimated = not os.path.exists("/sys/cray/pm_counters") and not os.path.exists("/dev/nvidia0")
+        with View([stage.name for stage in config.ordered()], estimated) as view, _stop_requests() as stop:
+            for stage in config.ordered():
+                _run_stage(run, config, site, stage, _stage_plan(plan, stage), view, stop)
+    return run
+
+
+def _run_stage(
+    run: RunDirectory, config: RunConfig, site: Site, stage: Stage, planned: StagePlan, view: View, stop: list[int]
+) -> None:
+    decision = decide(run, config, stage)
+    if decision.action == "reuse":
+        view.say(stage.name, f"reused ({_result(read_receipt(run.stage(stage.name)))})")
+        return
+    if stop:
+        raise Stopped("stopped between stages; run the same command to go on")
+    directory = _make_ready(run, stage, decision)
+    ranks = planned.nodes * planned.ranks_per_node
+    TaskFile(
+        run=config.name,
+        run_directory=str(run.root),
+        stage=stage,
+        stages=config.stages,
+        inputs=input_digests(run, stage),
+        seed=config.seed,
+        tracking=config.tracking,
+        machine=site.machine,
+        facility=site.facility,
+        ranks=ranks,
+        nodes=planned.nodes,
+    ).write(directory.task)
+    attempt = count_attempts(directory) + 1
+    view.say(stage.name, f"{decision.action}: {decision.reason}" if decision.action != "run" else "started")
+    job = submit_local(directory, attempt, ranks, site.machine)
+    _watch(job, stage.name, directory, attempt, view, stop)
+    _conclude(stage, directory, attempt, view)
+
+
+def _make_ready(run: RunDirectory, stage: Stage, decision: Decision) -> StageDirectory:
+    if decision.action == "again":
+        run.supersede(stage.name)
+    directory = run.stage(stage.name)
+    with storage_errors(directory.root):
+        directory.root.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _watch(job: LocalStage, name: str, directory: StageDirectory, attempt: int, view: View, stop: list[int]) -> None:
+    """Until the job ends. The first Ctrl-C asks for a stop, the second one kills; a failed rank takes the others along."""
+    asked, failed_at = 0, 0.0
+    while job.is_running:
+        time.sleep(POLL_S)
+        view.update(name, directory, attempt)
+        if len(stop) > asked:
+            asked = len(stop)
+            if asked == 1:
+                view.say(name, "stopping: saving a checkpoint first (Ctrl-C again to kill)")
+                job.request_stop()
+            else:
+                job.kill()
+        if not failed_at and any(row["outcome"] == "failed" for row in attempt_ends(directory, attempt)):
+            failed_at = time.monotonic()
+        if failed_at and time.monotonic() - failed_at > GRACE_S:
+            job.kill()
+
+
+def _conclude(stage: Stage, directory: StageDirectory, attempt: int, view: View) -> None:
+    receipt = read_receipt(directory)
+    if receipt is not None:
+        view.say(stage.name, f"done ({_result(receipt)})")
+        return
+    raise failure(stage.name, directory, attempt)
+
+
+def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError:
+    """Why an attempt has no receipt: the most telling of what its ranks recorded."""
+    ends = attempt_ends(directory, attempt)
+    stopped = [row for row in ends if row["outcome"] == "stopped"]
+    failed = sorted((row for row in ends if row["outcome"] == "failed"), key=lambda row: row["exit_code"] == StageError.exit_code)
+    if failed:
+        row = failed[0]
+        log = f" (log: {directory.jobs}, rank {row['rank']})" if row["exit_code"] == StageError.exit_code else ""
+        return error_by_exit_code(row["exit_code"], f"stage {name!r}: {row['message']}{log}")
+    if stopped:
+        return Stopped(f"stage {name!r}: {stopped[0]['message']}; run the same command to go on")
+    return StageError(
+        f"stage {name!r}: its processes ended without a word (killed, or out of memory?); see the logs in {directory.jobs}, "
+        "then run the same command to go on from the last checkpoint"
+    )
+
+
+def _result(receipt: Receipt | None) -> str:
+    """The figures of a receipt that matter at a glance."""
+    if receipt is None:
+        return ""
+    words = []
+    for key, text in (
+        ("tokens_train", "{:,} training tokens"),
+        ("unigram_perplexity", "unigram perplexity {:.1f}"),
+        ("heldout_perplexity", "held-out perplexity {:.1f}"),
+        ("max_abs_logit_difference", "logits differ by {:.1e}"),
+        ("bits_per_weight", "{:.1f} bits per weight"),
+        ("kl", "KL {:.4f}"),
+    ):
+        if isinstance(receipt.metrics.get(key), (int, float)):
+            words.append(text.format(receipt.metrics[key]))
+    words.append(duration(receipt.seconds))
+    if receipt.energy.get("energy_j") is not None:
+        words.append(energy(receipt.energy["energy_j"]))
+    return ", ".join(words)
+
+
+def _stage_plan(plan: Plan, stage: Stage) -> StagePlan:
+    return next(planned for planned in plan.stages if planned.name == stage.name)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[list[int]]:
+    """Signals that asked this launcher to stop, in order; SIGINT and SIGTERM are taken over while the block runs."""
+    received: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+

@@ -1,0 +1,155 @@
+"""The first code in each task: environment -> world -> stage; signals; the sampler; attempts; the receipt.
+
+submitit unpickles a `StageTask` in every process of a job and calls it. torch is imported after the environment is
+set, and only by stages that need it.
+"""
+
+import os
+import shutil
+import time
+import traceback
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+from submitit import JobEnvironment
+
+from hpc.energy.ledger import stage_energy
+from hpc.energy.sampler import start_sampler, stop_sampler
+from hpc.errors import GreenMoEError, StageError, Stopped, StorageError
+from hpc.run.attempts import exclusive, record_end, record_start
+from hpc.run.directory import StageDirectory
+from hpc.run.receipt import Receipt, code_version, list_files, write_receipt
+from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked
+from hpc.stages import stage_function
+
+NO_SPACE = "No space left on device"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """What a job runs: one attempt of one stage. Picklable; everything else is in task.json."""
+
+    directory: str
+    attempt: int
+
+    def __call__(self) -> str:
+        """Run the attempt on this rank; returns 'done' or 'stopped'. Raises what the stage raised."""
+        stop = StopRequest()
+        stop.listen()
+        os.umask(0o077)
+        directory = StageDirectory(Path(self.directory))
+        task = TaskFile.read(directory.task)
+        world = enter_world(JobEnvironment())
+        context = Context(task, directory, world, self.attempt, stop)
+        if not world.is_first:
+            return self._run_recorded(context)
+        with exclusive(directory.lock, f"stage {task.stage.name!r}"):
+            record_start(directory, self.attempt, world.size)
+            return self._run_recorded(context)
+
+    def _run_recorded(self, context: Context) -> str:
+        sampler = None
+        rank = context.world.rank
+        try:
+            if context.world.local_rank == 0:
+                sampler = start_sampler(
+                    context.directory.root, os.getpid(), context.attempt, context.task.machine.power.model_dump_json()
+                )
+            outcome = self._run(context)
+        except Stopped as stopped:
+            record_end(context.directory, context.attempt, rank, "stopped", stopped.exit_code, str(stopped))
+            return "stopped"
+        except BaseException as error:
+            told = explain_failure(error, context.directory.root)
+            record_end(context.directory, context.attempt, rank, "failed", told.exit_code, str(told))
+            traceback.print_exc()
+            raise
+        finally:
+            if sampler is not None:
+                stop_sampler(sampler)
+        return outcome
+
+    def _run(self, context: Context) -> str:
+        began = time.monotonic()
+        if context.world.is_first:
+            for leftover in (context.directory.artifact, *context.directory.root.glob(".artifact*")):
+                shutil.rmtree(leftover, ignore_errors=True)
+            context.progress("checking inputs")
+            context.verify_inputs()
+        result = stage_function(context.task.stage.kind)(context)
+        if context.world.is_first:
+            write_receipt(context.directory, make_receipt(context, result, time.monotonic() - began))
+            context.progress("done")
+            record_end(context.directory, context.attempt, 0, "done")
+        return "done"
+
+
+def enter_world(environment: JobEnvironment) -> World:
+    """Ranks from the scheduler's environment, exported in the names that torch and DeepSpeed read."""
+    world = World(
+        rank=environment.global_rank,
+        size=environment.num_tasks,
+        local_rank=environment.local_rank,
+        local_size=environment.num_tasks // environment.num_nodes,
+    )
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+        CROSS_RANK=str(environment.node),
+        CROSS_SIZE=str(environment.num_nodes),
+        LOCAL_SIZE=str(world.local_size),
+    )
+    return world
+
+
+def make_receipt(context: Context, result: Result, seconds: float) -> Receipt:
+    """Hash the artifact and put everything together."""
+    energy = stage_energy(context.directory.root)
+    return Receipt(
+        stage=context.task.stage.name,
+        kind=context.task.stage.kind,
+        config=asked(context.task.stage, context.task.seed),
+        inputs=context.task.inputs,
+        files=list_files(context.directory.artifact),
+        metrics=result.metrics,
+        provenance=result.provenance,
+        energy={"energy_j": energy.energy_j, "provenance": energy.provenance, "duration_s": energy.duration_s},
+        code={**code_version(), **{name: library_version(name) for name in result.libraries}},
+        seconds=seconds,
+        attempts=context.attempt,
+        census=result.census,
+    )
+
+
+def library_version(name: str) -> str | None:
+    """Installed version of a package, None when it is absent."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def explain_failure(error: BaseException, folder: Path) -> GreenMoEError:
+    """The error as the user should see it: a full disk says so, whatever library met it; a crash names the log."""
+    if isinstance(error, GreenMoEError):
+        return error
+    if NO_SPACE in str(error) or _is_full(folder):
+        return StorageError(f"{NO_SPACE} while writing {folder}: free some space or --set run_root=DIR")
+    if isinstance(error, KeyboardInterrupt):
+        return Stopped("interrupted")
+    return StageError(f"{type(error).__name__}: {error}".splitlines()[0])
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return False
+    return status.f_bavail * status.f_frsize < MIB // 16
+
+
