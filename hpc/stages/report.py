@@ -1,0 +1,66 @@
+"""report.html of the run, from receipts, metrics and energy files alone. artifact/: report.html (copied to RUN)."""
+
+import os
+import platform
+import shutil
+import time
+from pathlib import Path
+
+from hpc.config import Facility
+from hpc.energy.ledger import power_series, stage_energy
+from hpc.run.receipt import code_version, read_receipt
+from hpc.run.task import Context, Result
+from hpc.tracking.metrics import history
+from hpc.tracking.report import RunReport, StageReport, write_report
+
+
+def run(context: Context) -> Result:
+    """Do the stage."""
+    context.progress("writing the page")
+    artifact = context.directory.artifact
+    artifact.mkdir(parents=True)
+    page = artifact / "report.html"
+    report = RunReport(
+        name=context.task.run,
+        created=time.time(),
+        code_version=" ".join(str(word) for word in code_version().values() if word),
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {context.task.machine.source}",
+        stages=[_stage_report(context, name) for name in context.task.stage.needs],
+        facility_notes=facility_notes(context.task.facility),
+    )
+    write_report(report, page)
+    shutil.copyfile(page, Path(context.task.run_directory) / "report.html")
+    return Result(
+        {"stages": len(report.stages), "page_bytes": page.stat().st_size},
+        {"stages": "measured: stages with a receipt", "page_bytes": "measured: size of report.html"},
+        {},
+        ("jinja2", "plotly"),
+    )
+
+
+def facility_notes(facility: Facility) -> list[str]:
+    """What the site states about its building, one phrase a figure; empty when it states nothing."""
+    stated = facility.model_dump(exclude={"source"}, exclude_none=True)
+    return [f"{name} = {value} ({facility.source or 'source not stated'})" for name, value in stated.items()]
+
+
+def _stage_report(context: Context, name: str) -> StageReport:
+    directory, receipt = context.input_directory(name), read_receipt(context.input_directory(name))
+    assert receipt is not None  # inputs were verified
+    energy = stage_energy(directory.root)
+    stage = next(stage for stage in context.task.stages if stage.name == name)
+    return StageReport(
+        name=name,
+        kind=receipt.kind,
+        needs=list(stage.needs),
+        status="done",
+        seconds=receipt.seconds,
+        attempts=receipt.attempts,
+        metrics=receipt.metrics,
+        provenance=receipt.provenance,
+        size_bytes=receipt.size_bytes,
+        energy_j=energy.energy_j,
+        energy_provenance="; ".join(energy.provenance) or "not measured",
+        history=history(directory.metrics),
+        power=power_series(directory.root),
+    )
