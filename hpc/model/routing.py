@@ -52,7 +52,10 @@ class RouterProbe:
 
 
 def _is_gate(name: str, module: nn.Module) -> bool:
-    return name.endswith(".mlp.router.gate") or type(module).__name__.endswith("TopKRouter")
+    """The module that computes router logits: AutoEP's router holds it as `gate`, transformers' router is it."""
+    return name.endswith(".mlp.router.gate") or (
+        type(module).__name__.endswith("TopKRouter") and not hasattr(module, "gate")
+    )
 
 
 def load_metrics(counts_LE: Tensor) -> dict[str, Any]:

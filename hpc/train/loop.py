@@ -18,7 +18,7 @@ from torch import nn
 from hpc.config import TrainingBase
 from hpc.data.loader import Loader
 from hpc.data.store import TokenStore
-from hpc.energy.ledger import EnergyMeter
+from hpc.energy.meter import EnergyMeter
 from hpc.errors import StageError, Stopped
 from hpc.evaluate.loss import held_out_loss, token_losses
 from hpc.model.routing import RouterProbe, load_metrics
@@ -114,7 +114,7 @@ class _Loop:
         }
         self.checkpoints = Checkpoints(context.directory.checkpoints, world, layout, settings.keep_checkpoints)
         self.metrics = Metrics(context.directory.metrics, mirror) if world.is_first else None
-        self.meter = EnergyMeter(context.directory.root)
+        self.meter = EnergyMeter(context.directory.root, context.attempt)
         self.step_seconds: list[float] = []
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}
