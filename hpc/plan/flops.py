@@ -1,0 +1,35 @@
+"""Floating-point operations per token. A multiply and an add count as two.
+
+Source: PaLM (arXiv:2204.02311, appendix B): 6N + 12 L H Q T per token for forward and backward, with N the parameters
+of matrix products and T the sequence length; attention is counted as if it were not causal, as is usual for MFU.
+"""
+
+from hpc.config import AdapterTraining, Model, Router
+from hpc.plan.params import count, count_adapter
+
+BACKWARD_PER_FORWARD = 2
+"""The backward pass does twice the work of the forward pass: gradients of activations, and of weights."""
+
+
+def forward_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:
+    """One token through the model: 2 x active matrix parameters, and 4 L (heads x head width) T for attention."""
+    width = model.num_attention_heads * model.head_dim
+    return 2.0 * count(model, router, vocab_size).active_matrices + 4.0 * model.num_layers * width * seq_len
+
+
+def training_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:
+    """Forward and backward of one token when all weights are trained."""
+    return (1 + BACKWARD_PER_FORWARD) * forward_flops_per_token(model, router, vocab_size, seq_len)
+
+
+def adapter_flops_per_token(
+    model: Model, router: Router, vocab_size: int, seq_len: int, settings: AdapterTraining
+) -> float:
+    """Forward and backward of one token when only adapters are trained.
+
+    Frozen weights need no gradient of their own (2 of 3 parts); adapters on K of E experts are counted in full.
+    """
+    frozen = 2 * forward_flops_per_token(model, router, vocab_size, seq_len)
+    shared = count_adapter(model, router, settings.model_copy(update={"experts": False})) if settings.attention else 0
+    on_experts = count_adapter(model, router, settings) - shared
+    return frozen + 6.0 * (shared + on_experts * router.top_k / router.num_experts)

@@ -1,0 +1,69 @@
+"""Parameter counts from a model's shape, equal to what transformers builds (a test compares).
+
+Shape letters: V vocabulary, H hidden, L layers, E experts, K experts per token, I expert width, D head width.
+"""
+
+from dataclasses import dataclass
+
+from hpc.config import AdapterTraining, Model, Router
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Parameters by group."""
+
+    embedding: int
+    """Input embedding, V x H. The head has as many and is counted in `head`."""
+    head: int
+    attention: int
+    router: int
+    experts: int
+    norms: int
+    active_experts: int
+    """Expert parameters that one token uses: K of E."""
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.embedding + self.head + self.attention + self.router + self.experts + self.norms
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses."""
+        return self.total - self.experts + self.active_experts
+
+    @property
+    def dense(self) -> int:
+        """All but the experts: what every rank of an expert-parallel group holds."""
+        return self.total - self.experts
+
+    @property
+    def active_matrices(self) -> int:
+        """Parameters of matrix products per token: head, attention, router, active experts; no embedding, no norms."""
+        return self.head + self.attention + self.router + self.active_experts
+
+
+def count(model: Model, router: Router, vocab_size: int) -> Parameters:
+    """Count a model's parameters. SwiGLU experts have three H x I matrices; nothing has a bias."""
+    h, layers, d = model.hidden_size, model.num_layers, model.head_dim
+    q, kv = model.num_attention_heads * d, model.kv_heads * d
+    head_norms = q + kv if model.architecture == "olmoe" else 2 * d  # OLMoE normalises whole q and k, Qwen3 each head
+    expert = 3 * h * model.expert_size
+    return Parameters(
+        embedding=vocab_size * h,
+        head=vocab_size * h,
+        attention=layers * (h * q + 2 * h * kv + q * h),
+        router=layers * router.num_experts * h,
+        experts=layers * router.num_experts * expert,
+        norms=layers * (2 * h + head_norms) + h,
+        active_experts=layers * router.top_k * expert,
+    )
+
+
+def count_adapter(model: Model, router: Router, settings: AdapterTraining) -> int:
+    """Parameters of LoRA adapters: rank x (inputs + outputs) for each adapted matrix; on experts for each expert."""
+    h, i, r = model.hidden_size, model.expert_size, settings.rank
+    q, kv = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
+    attention = r * ((h + q) + 2 * (h + kv) + (q + h))
+    experts = router.num_experts * r * ((h + 2 * i) + (i + h))
+    return model.num_layers * (settings.attention * attention + settings.experts * experts)
