@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpc.energy.ledger import latest_power_w
+from hpc.energy.meter import newest_power_w
 from hpc.plan.show import duration
 from hpc.run.directory import StageDirectory
 from hpc.run.task import read_progress
@@ -54,7 +54,7 @@ class View:
         progress = read_progress(directory)
         if progress.get("attempt") != attempt:
             return
-        watts = latest_power_w(directory.root)
+        watts = newest_power_w(directory.root, attempt)
         if self._live:
             self._live.update(self._table(stage, progress, watts))
             return

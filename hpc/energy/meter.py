@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hpc.energy.ledger import stage_energy
+
 TAIL_BYTES = 8192
 
 
@@ -25,8 +27,6 @@ class EnergyMeter:
     """Reads energy-HOST.jsonl of one stage; energy of attempts before this one is read once."""
 
     def __init__(self, stage_directory: Path, attempt: int) -> None:
-        from hpc.energy.ledger import stage_energy
-
         self._root, self._attempt = stage_directory, attempt
         earlier = [part.energy_j for part in stage_energy(stage_directory).attempts if part.attempt != attempt]
         self._earlier_j = sum(value for value in earlier if value is not None)
@@ -35,16 +35,25 @@ class EnergyMeter:
         """The newest sample of each node that belongs to this attempt."""
         power: dict[str, float] = {}
         energy: float | None = None
-        for path in sorted(self._root.glob("energy-*.jsonl")):
-            row = _last_sample(path)
-            if row is None or row.get("attempt") != self._attempt:
-                continue
-            host = path.stem.removeprefix("energy-")
+        for host, row in _last_samples(self._root, self._attempt):
             if row.get("total_power_w") is not None:
                 power[host] = float(row["total_power_w"])
             if row.get("total_energy_j") is not None:
                 energy = (energy or 0.0) + float(row["total_energy_j"])
         return MeterReading(power, None if energy is None else energy + self._earlier_j)
+
+
+def newest_power_w(stage_directory: Path, attempt: int) -> float | None:
+    """Watts of all nodes of an attempt together, from their newest samples; None when there is none."""
+    watts = [row["total_power_w"] for _, row in _last_samples(stage_directory, attempt)]
+    known = [float(value) for value in watts if value is not None]
+    return sum(known) if known else None
+
+
+def _last_samples(stage_directory: Path, attempt: int) -> list[tuple[str, dict[str, Any]]]:
+    """(host, newest sample) of each node that has one in this attempt."""
+    rows = [(path.stem.removeprefix("energy-"), _last_sample(path)) for path in sorted(stage_directory.glob("energy-*.jsonl"))]
+    return [(host, row) for host, row in rows if row is not None and row.get("attempt") == attempt]
 
 
 def _last_sample(path: Path) -> dict[str, Any] | None:
