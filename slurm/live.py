@@ -52,7 +52,7 @@ class View:
     def update(self, stage: str, directory: StageDirectory, attempt: int) -> None:
         """Show where the running stage is."""
         progress = read_progress(directory)
-        if progress.get("attempt") != attempt:
+        if progress.get("attempt") != attempt or progress.get("text") == "done":
             return
         watts = newest_power_w(directory.root, attempt)
         if self._live:

@@ -7,10 +7,12 @@ set, and only by stages that need it.
 import os
 import shutil
 import time
-import traceback
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from subprocess import Popen
+from typing import Any
 
 
 from submitit import JobEnvironment
@@ -38,41 +40,32 @@ class StageTask:
     def __call__(self) -> str:
         """Run the attempt on this rank; returns 'done' or 'stopped'. Raises what the stage raised."""
         stop = StopRequest()
-        stop.listen()
         os.umask(0o077)
         directory = StageDirectory(Path(self.directory))
-        task = TaskFile.read(directory.task)
         world = enter_world(JobEnvironment())
-        context = Context(task, directory, world, self.attempt, stop)
-        if not world.is_first:
-            return self._run_recorded(context)
-        with exclusive(directory.lock, f"stage {task.stage.name!r}"):
-            record_start(directory, self.attempt, world.size)
-            return self._run_recorded(context)
-
-    def _run_recorded(self, context: Context) -> str:
         sampler = None
-        rank = context.world.rank
         try:
-            if context.world.local_rank == 0:
-                sampler = start_sampler(
-                    context.directory.root, os.getpid(), context.attempt, context.task.machine.power.model_dump_json()
-                )
-            outcome = self._run(context)
+            stop.listen()
+            context = Context(TaskFile.read(directory.task), directory, world, self.attempt, stop)
+            with exclusive(directory.lock, f"stage {context.task.stage.name!r}") if world.is_first else nullcontext():
+                if world.is_first:
+                    record_start(directory, self.attempt, world.size)
+                if world.local_rank == 0:
+                    power_model = context.task.machine.power.model_dump_json()
+                    sampler = start_sampler(directory.root, os.getpid(), self.attempt, power_model)
+                return self._run(context, sampler)
         except Stopped as stopped:
-            record_end(context.directory, context.attempt, rank, "stopped", stopped.exit_code, str(stopped))
+            record_end(directory, self.attempt, world.rank, "stopped", stopped.exit_code, str(stopped))
             return "stopped"
         except BaseException as error:
-            told = explain_failure(error, context.directory.root)
-            record_end(context.directory, context.attempt, rank, "failed", told.exit_code, str(told))
-            traceback.print_exc()
+            told = explain_failure(error, directory.root)
+            record_end(directory, self.attempt, world.rank, "failed", told.exit_code, str(told))
             raise
         finally:
             if sampler is not None:
                 stop_sampler(sampler)
-        return outcome
 
-    def _run(self, context: Context) -> str:
+    def _run(self, context: Context, sampler: "Popen[bytes] | None") -> str:
         began = time.monotonic()
         if context.world.is_first:
             for leftover in (context.directory.artifact, *context.directory.root.glob(".artifact*")):
@@ -81,7 +74,11 @@ class StageTask:
             context.verify_inputs()
         result = stage_function(context.task.stage.kind)(context)
         if context.world.is_first:
-            write_receipt(context.directory, make_receipt(context, result, time.monotonic() - began))
+            context.progress("hashing the artifact")
+            files = list_files(context.directory.artifact)
+            if sampler is not None:
+                stop_sampler(sampler)  # its last sample belongs to the receipt
+            write_receipt(context.directory, make_receipt(context, result, files, time.monotonic() - began))
             context.progress("done")
             record_end(context.directory, context.attempt, 0, "done")
         return "done"
@@ -107,15 +104,15 @@ def enter_world(environment: JobEnvironment) -> World:
     return world
 
 
-def make_receipt(context: Context, result: Result, seconds: float) -> Receipt:
-    """Hash the artifact and put everything together."""
+def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
+    """Put together what the stage did, what it left behind and what it drew."""
     energy = stage_energy(context.directory.root)
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,
         config=asked(context.task.stage, context.task.seed),
         inputs=context.task.inputs,
-        files=list_files(context.directory.artifact),
+        files=files,
         metrics=result.metrics,
         provenance=result.provenance,
         energy={"energy_j": energy.energy_j, "provenance": energy.provenance, "duration_s": energy.duration_s},

@@ -102,7 +102,10 @@ def _parse(path: Path) -> Document:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}): check the name of the file") from None
-    loader = _Loader(text)
+    try:
+        loader = _Loader(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
     try:
         node = loader.get_single_node()
         if node is None:

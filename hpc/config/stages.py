@@ -43,8 +43,7 @@ class Tokenizer(Frozen):
     """Entries of a newly trained vocabulary (256 bytes and the special tokens among them)."""
 
     path: str | None = None
-    """Folder of an existing Hugging Face tokenizer to use instead of training one. A `prepare` stage that needs another
-    one uses that stage's tokenizer and takes neither."""
+    """Folder of an existing Hugging Face tokenizer to use instead of training one."""
 
 
 class Task(Frozen):
@@ -74,15 +73,16 @@ class Prepare(Task):
     sources: list[Source] = Field(min_length=1)
     """Where the text comes from."""
 
-    tokenizer: Tokenizer = Tokenizer()
-    """How text becomes tokens."""
+    tokenizer: Tokenizer | None = None
+    """How text becomes tokens: a new vocabulary when left out. A stage that needs another `prepare` stage uses that
+    one's tokenizer and takes none here."""
 
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Part of the documents kept for evaluation, chosen by hash: the same text is always on the same side."""
 
     @model_validator(mode="after")
     def _check_tokenizer(self) -> Self:
-        if self.needs and "tokenizer" in self.model_fields_set:
+        if self.needs and self.tokenizer:
             raise ValueError(f"tokenizer is given, but the stage takes it from {self.needs[0]!r}: drop one of the two")
         return self
 

@@ -25,6 +25,9 @@ import psutil
 from hpc.energy.counters import Counter, discover
 
 
+START_TIMEOUT_S = 5.0
+
+
 @dataclass(frozen=True)
 class Coefficients:
     """A power model as plain numbers, so that the sampler needs no configuration library."""
@@ -42,13 +45,24 @@ class Coefficients:
 
 
 def start_sampler(folder: Path, watch_pid: int, attempt: int, power_model_json: str) -> "subprocess.Popen[bytes]":
-    """Start the sampler of this node for one attempt; it ends by itself when `watch_pid` is gone."""
+    """Start the sampler of this node for one attempt; it ends by itself when `watch_pid` is gone.
+
+    Returns once it samples, so that the work it measures does not run ahead of it.
+    """
     command = [
         sys.executable, "-m", "hpc.energy.sampler", "--out", str(folder), "--watch-pid", str(watch_pid),
         "--attempt", str(attempt), "--power-model", power_model_json,
     ]  # fmt: skip
-    with (folder / f"energy-{socket.gethostname()}.log").open("ab") as log:
-        return subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    samples = folder / f"energy-{socket.gethostname()}.jsonl"
+    before = samples.stat().st_size if samples.exists() else 0
+    with samples.with_suffix(".log").open("ab") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while process.poll() is None and time.monotonic() < deadline:
+        if samples.exists() and samples.stat().st_size > before:
+            break
+        time.sleep(0.01)
+    return process
 
 
 def stop_sampler(process: "subprocess.Popen[bytes]", timeout_s: float = 5.0) -> None:

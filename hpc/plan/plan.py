@@ -26,6 +26,7 @@ from hpc.config import (
     Stage,
     TrainingBase,
 )
+from hpc.config.stages import Tokenizer
 from hpc.errors import ConfigError
 from hpc.plan.flops import adapter_flops_per_token, forward_flops_per_token, training_flops_per_token
 from hpc.plan.memory import training_bytes_per_rank
@@ -142,10 +143,11 @@ def _vocab_size(config: RunConfig, stage: Stage) -> int | None:
     assert isinstance(stage, Prepare)
     if stage.needs:
         return _vocab_size(config, config.stage(stage.needs[0]))
-    if stage.tokenizer.path is None:
-        return stage.tokenizer.vocab_size
+    tokenizer = stage.tokenizer or Tokenizer()
+    if tokenizer.path is None:
+        return tokenizer.vocab_size
     try:
-        content = json.loads((Path(stage.tokenizer.path) / "tokenizer.json").read_text(encoding="utf-8"))
+        content = json.loads((Path(tokenizer.path) / "tokenizer.json").read_text(encoding="utf-8"))
         return len(content["model"]["vocab"]) + sum(
             token["content"] not in content["model"]["vocab"] for token in content.get("added_tokens", [])
         )

@@ -11,6 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from hpc.config import Prepare
+from hpc.config.stages import Tokenizer as TokenizerConfig
 from hpc.data.sources import held_out, read_documents
 from hpc.data.store import TokenStore, write_store
 from hpc.data.tokenizer import copy_tokenizer, end_of_text_id, load_tokenizer, train_tokenizer
@@ -87,14 +88,15 @@ def _tokenizer(context: Context, stage: Prepare, documents: list[str], folder: P
     earlier = context.inputs("tokens")
     if earlier:
         return copy_tokenizer(earlier[0][1] / "tokenizer", folder)
-    if stage.tokenizer.path:
-        return copy_tokenizer(Path(stage.tokenizer.path), folder)
-    train_tokenizer(documents, stage.tokenizer.vocab_size, folder)
+    wanted = stage.tokenizer or TokenizerConfig()
+    if wanted.path:
+        return copy_tokenizer(Path(wanted.path), folder)
+    train_tokenizer(documents, wanted.vocab_size, folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.get_vocab_size() != stage.tokenizer.vocab_size:
+    if tokenizer.get_vocab_size() != wanted.vocab_size:
         raise DataError(
             f"the text yields {tokenizer.get_vocab_size():,} vocabulary entries, tokenizer.vocab_size asks for "
-            f"{stage.tokenizer.vocab_size:,}: lower it, or add text"
+            f"{wanted.vocab_size:,}: lower it, or add text"
         )
     return tokenizer
 
