@@ -8,7 +8,7 @@ import os
 import shutil
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from subprocess import Popen
@@ -17,14 +17,15 @@ from typing import Any
 
 from submitit import JobEnvironment
 
-from hpc.energy.ledger import stage_energy
+from hpc.energy.ledger import power_series, stage_energy
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import GreenMoEError, StageError, Stopped, StorageError
 from hpc.run.attempts import exclusive, record_end, record_start
 from hpc.run.directory import StageDirectory
-from hpc.run.receipt import Receipt, code_version, list_files, write_receipt
+from hpc.run.receipt import Receipt, code_version, digest, list_files, write_receipt
 from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked
 from hpc.stages import stage_function
+from hpc.tracking.wandb import Mirror
 
 NO_SPACE = "No space left on device"
 MIB = 2**20
@@ -72,16 +73,32 @@ class StageTask:
                 shutil.rmtree(leftover, ignore_errors=True)
             context.progress("checking inputs")
             context.verify_inputs()
-        result = stage_function(context.task.stage.kind)(context)
+        mirror = start_mirror(context) if context.world.is_first else Mirror()
+        try:
+            result = stage_function(context.task.stage.kind)(replace(context, mirror=mirror))
+            self._finish(context, result, sampler, mirror, began)
+        except BaseException:
+            mirror.finish(exit_code=1)
+            raise
+        return "done"
+
+    def _finish(
+        self, context: Context, result: Result, sampler: "Popen[bytes] | None", mirror: Mirror, began: float
+    ) -> None:
+        """Receipt, W&B summary, attempt record: rank 0 only, in this order."""
         if context.world.is_first:
             context.progress("hashing the artifact")
             files = list_files(context.directory.artifact)
             if sampler is not None:
                 stop_sampler(sampler)  # its last sample belongs to the receipt
-            write_receipt(context.directory, make_receipt(context, result, files, time.monotonic() - began))
+            receipt = make_receipt(context, result, files, time.monotonic() - began)
+            write_receipt(context.directory, receipt)
             context.progress("done")
+            if not context.directory.metrics.exists():
+                log_power(context, mirror)
+            mirror.summary({**receipt.metrics, "energy_j": receipt.energy["energy_j"], "seconds": receipt.seconds})
+            mirror.finish()
             record_end(context.directory, context.attempt, 0, "done")
-        return "done"
 
 
 def enter_world(environment: JobEnvironment) -> World:
@@ -102,6 +119,29 @@ def enter_world(environment: JobEnvironment) -> World:
         LOCAL_SIZE=str(world.local_size),
     )
     return world
+
+
+def start_mirror(context: Context) -> Mirror:
+    """The W&B run of this stage; every attempt with the same inputs and configuration goes on in the same one."""
+    task, wanted = context.task, asked(context.task.stage, context.task.seed)
+    return Mirror.start(
+        task.tracking,
+        chain=task.run,
+        stage=task.stage.name,
+        kind=task.stage.kind,
+        folder=context.directory.root,
+        identity=f"{task.run_directory} {task.stage.name} {digest(wanted)} {digest(task.inputs)}",
+        config={"run": task.run, "stage": wanted, "inputs": task.inputs},
+    )
+
+
+def log_power(context: Context, mirror: Mirror) -> None:
+    """Watts and joules of a stage that logs no steps of its own, one row a second of the last attempt."""
+    series = [row for row in power_series(context.directory.root) if row[2] == context.attempt]
+    joules = 0.0
+    for number, (when, host, _, watts) in enumerate(series):
+        joules += watts * (when - series[number - 1][0]) if number else 0.0
+        mirror.log({"step": number, "node_power_w": {host: watts}, "energy_j": joules})
 
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:

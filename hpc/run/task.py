@@ -5,7 +5,7 @@ import signal
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pydantic import Field, TypeAdapter
 
@@ -92,6 +92,21 @@ class World:
         return self.rank == 0
 
 
+class RowSink(Protocol):
+    """Something that takes rows of metrics."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Take a row."""
+        ...
+
+
+class NoSink:
+    """Takes rows and forgets them."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What a stage works with: its task, its folder, its ranks, a way to be stopped and a way to say where it is."""
@@ -101,6 +116,8 @@ class Context:
     world: World
     attempt: int
     stop: StopRequest = field(default_factory=StopRequest)
+    mirror: RowSink = field(default_factory=NoSink)
+    """Where rows of metrics are copied to besides metrics.jsonl (W&B on rank 0)."""
 
     def input_directory(self, name: str) -> StageDirectory:
         """Folder of a stage this one needs."""

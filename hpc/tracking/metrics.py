@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from hpc.run.directory import append_jsonl, read_jsonl
-from hpc.tracking.wandb import Mirror
+from hpc.run.task import RowSink
 
 
 class Metrics:
     """Writer of one stage's rows: to the file, then to the mirror."""
 
-    def __init__(self, path: Path, mirror: Mirror) -> None:
+    def __init__(self, path: Path, mirror: RowSink) -> None:
         self._path, self._mirror = path, mirror
         self._last_mirrored = max((int(row["step"]) for row in read_jsonl(path)), default=-1)
 

@@ -24,8 +24,7 @@ from hpc.evaluate.loss import held_out_loss, token_losses
 from hpc.model.routing import RouterProbe, load_metrics
 from hpc.run.receipt import digest
 from hpc.run.task import Context, asked
-from hpc.tracking.metrics import Metrics, replayed_steps
-from hpc.tracking.wandb import Mirror
+from hpc.tracking.metrics import Metrics, history, replayed_steps
 from hpc.train.checkpoint import Checkpoints
 from hpc.train.engine import Engine
 from hpc.train.schedule import learning_rate
@@ -64,30 +63,11 @@ def train(context: Context, job: Job) -> Trained:
 
     Raises Stopped after a clean save when any rank was asked to stop, StageError when the loss is not finite.
     """
-    stage, world = context.task.stage, context.world
-    mirror = Mirror()
-    if world.is_first:
-        mirror = Mirror.start(
-            context.task.tracking,
-            chain=context.task.run,
-            stage=stage.name,
-            kind=stage.kind,
-            folder=context.directory.root,
-            identity=f"{context.task.run_directory} {stage.name} {digest(asked(stage, context.task.seed))} {context.task.inputs}",
-            config={"run": context.task.run, "stage": stage.model_dump(mode="json"), "inputs": context.task.inputs},
-        )
-    try:
-        trained = _Loop(context, job, mirror).run()
-    except BaseException:
-        mirror.finish(exit_code=1)
-        raise
-    mirror.summary({"final_heldout_loss": trained.held_out_loss})
-    mirror.finish()
-    return trained
+    return _Loop(context, job).run()
 
 
 class _Loop:
-    def __init__(self, context: Context, job: Job, mirror: Mirror) -> None:
+    def __init__(self, context: Context, job: Job) -> None:
         self.context, self.job, self.settings = context, job, job.settings
         context.stop.deferred = True
         world, settings = context.world, job.settings
@@ -113,7 +93,7 @@ class _Loop:
             "inputs": digest(context.task.inputs),
         }
         self.checkpoints = Checkpoints(context.directory.checkpoints, world, layout, settings.keep_checkpoints)
-        self.metrics = Metrics(context.directory.metrics, mirror) if world.is_first else None
+        self.metrics = Metrics(context.directory.metrics, context.mirror) if world.is_first else None
         self.meter = EnergyMeter(context.directory.root, context.attempt)
         self.step_seconds: list[float] = []
         self.loss: float | None = None
@@ -240,8 +220,6 @@ class _Loop:
         )
 
     def _first_held_out_loss(self) -> float | None:
-        from hpc.tracking.metrics import history
-
         rows = history(self.context.directory.metrics)
         return next((row.get("heldout_loss") for row in rows if row["step"] == 0), None)
 
