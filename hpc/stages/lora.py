@@ -35,6 +35,7 @@ def run(context: Context) -> Result:
         aux_loss=0.0,  # routers are frozen
         train_tokens=TokenStore(tokens / "train"),
         held_out_tokens=TokenStore(tokens / "held_out"),
+        measure_before=True,
     )
     trained = train(context, job)
 
@@ -48,7 +49,7 @@ def run(context: Context) -> Result:
     on_first_rank(context.world.is_first, write)
     trained.checkpoints.clear()
     metrics = {
-        "heldout_loss_before": trained.first_held_out_loss,
+        "heldout_loss_before": trained.held_out_loss_before,
         "heldout_loss": trained.held_out_loss,
         "heldout_perplexity": math.exp(trained.held_out_loss),
         "train_loss": trained.last_loss,
@@ -60,7 +61,7 @@ def run(context: Context) -> Result:
         "replayed_steps": trained.replayed_steps,
     }
     provenance = {
-        "heldout_loss_before": "measured: the base model on the first evaluate_tokens held-out tokens of this task",
+        "heldout_loss_before": "measured: the base model, all held-out tokens of this task",
         "heldout_loss": "measured: all held-out tokens of this task, nats per token",
         "heldout_perplexity": "derived: exp(heldout_loss)",
         "train_loss": "measured: last step, mean over ranks",

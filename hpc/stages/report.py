@@ -4,7 +4,10 @@ import os
 import platform
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from hpc.config import Facility
 from hpc.energy.ledger import power_series, stage_energy
@@ -24,7 +27,7 @@ def run(context: Context) -> Result:
         name=context.task.run,
         created=time.time(),
         code_version=" ".join(str(word) for word in code_version().values() if word),
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, {context.task.machine.source}",
+        machine=describe_machine(),
         stages=[_stage_report(context, name) for name in context.task.stage.needs],
         facility_notes=facility_notes(context.task.facility),
     )
@@ -36,6 +39,15 @@ def run(context: Context) -> Result:
         {},
         ("jinja2", "plotly"),
     )
+
+
+def describe_machine() -> str:
+    """Processor, cores and memory of this node."""
+    model = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
 def facility_notes(facility: Facility) -> list[str]:
@@ -53,7 +65,6 @@ def _stage_report(context: Context, name: str) -> StageReport:
         name=name,
         kind=receipt.kind,
         needs=list(stage.needs),
-        status="done",
         seconds=receipt.seconds,
         attempts=receipt.attempts,
         metrics=receipt.metrics,

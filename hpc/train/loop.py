@@ -40,6 +40,8 @@ class Job:
     aux_loss: float
     train_tokens: TokenStore
     held_out_tokens: TokenStore
+    measure_before: bool = False
+    """Whether the held-out loss over all tokens is measured before the first step, to compare with the last one."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Trained:
     """What training ended with."""
 
     engine: Engine
-    first_held_out_loss: float | None
-    """Before the first update of the first attempt."""
+    held_out_loss_before: float | None
+    """Before the first update of the first attempt, over all held-out tokens; None unless asked for."""
     held_out_loss: float
     """After the last update, over all held-out tokens."""
     last_loss: float | None
@@ -102,9 +104,9 @@ class _Loop:
     def run(self) -> Trained:
         start = self._resume()
         settings = self.settings
-        first = self._evaluate(settings.evaluate_tokens) if start == 0 else None
-        if first is not None:
-            self._log(0, {"heldout_loss": first})
+        if start == 0:
+            before = self._evaluate(None) if self.job.measure_before else None
+            self._log(0, {"heldout_loss": self._evaluate(settings.evaluate_tokens), "heldout_loss_before": before})
         saved = start
         for step in range(start, settings.steps):
             began = time.monotonic()
@@ -127,7 +129,7 @@ class _Loop:
         seconds = sorted(self.step_seconds)
         return Trained(
             engine=self.engine,
-            first_held_out_loss=self._first_held_out_loss(),
+            held_out_loss_before=self._held_out_loss_before(),
             held_out_loss=final,
             last_loss=self.loss,
             tokens_per_s=settings.batches.tokens_per_step / seconds[len(seconds) // 2] if seconds else None,
@@ -219,9 +221,10 @@ class _Loop:
             "training", done=done, total=self.settings.steps, loss=self.loss, tokens_per_s=speed, seconds_left=left
         )
 
-    def _first_held_out_loss(self) -> float | None:
+    def _held_out_loss_before(self) -> float | None:
+        """From the file: the attempt that measured it may have been another one."""
         rows = history(self.context.directory.metrics)
-        return next((row.get("heldout_loss") for row in rows if row["step"] == 0), None)
+        return next((row.get("heldout_loss_before") for row in rows if row["step"] == 0), None)
 
 
 def on_first_rank(world_is_first: bool, action: Callable[[], Any]) -> Any:
