@@ -11,7 +11,13 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
-SET = click.option("--set", "overrides", multiple=True, metavar="A.B.C=VALUE", help="Override a key, e.g. stages.pretrain.train.steps=50.")
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="A.B.C=VALUE",
+    help="Override a key, e.g. stages.pretrain.train.steps=50.",
+)
 SITE = click.option("--site", default="local", show_default=True, help="A site of configs/sites, or a YAML file.")
 
 
@@ -34,7 +40,9 @@ class Verbs(click.Group):
 EPILOG = "\b\nExit codes:\n" + "\n".join(f"  {code:>3}  {meaning}" for code, meaning in EXIT_CODES.items())
 
 
-@click.group(cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(
+    cls=Verbs, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110}
+)
 def main() -> None:
     """GreenMoE takes a mixture-of-experts language model from raw text to a quantized model that answers.
 

@@ -82,7 +82,7 @@ def _make_ready(run: RunDirectory, stage: Stage, decision: Decision) -> StageDir
 
 
 def _watch(job: LocalStage, name: str, directory: StageDirectory, attempt: int, view: View, stop: list[int]) -> None:
-    """Until the job ends. The first Ctrl-C asks for a stop, the second one kills; a failed rank takes the others along."""
+    """Until the job ends. The first Ctrl-C asks for a stop, the second one kills; a failed rank ends the others."""
     asked, failed_at = 0, 0.0
     while job.is_running:
         time.sleep(POLL_S)
@@ -112,7 +112,9 @@ def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError
     """Why an attempt has no receipt: the most telling of what its ranks recorded."""
     ends = attempt_ends(directory, attempt)
     stopped = [row for row in ends if row["outcome"] == "stopped"]
-    failed = sorted((row for row in ends if row["outcome"] == "failed"), key=lambda row: row["exit_code"] == StageError.exit_code)
+    failed = sorted(
+        (row for row in ends if row["outcome"] == "failed"), key=lambda row: row["exit_code"] == StageError.exit_code
+    )
     if failed:
         row = failed[0]
         log = f" (log: {directory.jobs}, rank {row['rank']})" if row["exit_code"] == StageError.exit_code else ""
@@ -120,8 +122,8 @@ def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError
     if stopped:
         return Stopped(f"stage {name!r}: {stopped[0]['message']}; run the same command to go on")
     return StageError(
-        f"stage {name!r}: its processes ended without a word (killed, or out of memory?); see the logs in {directory.jobs}, "
-        "then run the same command to go on from the last checkpoint"
+        f"stage {name!r}: its processes ended without a word (killed, or out of memory?); see the logs in "
+        f"{directory.jobs}, then run the same command to go on from the last checkpoint"
     )
 
 
@@ -164,5 +166,3 @@ def _stop_requests() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-

@@ -72,7 +72,9 @@ class View:
                 table.add_row(Text(name, "bold"), bar, describe(progress, watts, self.estimated_power))
             else:
                 state = self._states.get(name, "")
-                table.add_row(Text(name, "" if state else "dim"), Text(""), Text(state or "waiting", "" if state else "dim"))
+                table.add_row(
+                    Text(name, "" if state else "dim"), Text(""), Text(state or "waiting", "" if state else "dim")
+                )
         return table
 
 
@@ -90,5 +92,3 @@ def describe(progress: dict[str, Any], watts: float | None, estimated_power: boo
     if progress.get("seconds_left"):
         words.append(f"{duration(progress['seconds_left'])} left")
     return "  ".join(words)
-
-

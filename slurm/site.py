@@ -33,5 +33,7 @@ def load_site(name: str) -> Site:
     if path.suffix not in {".yaml", ".yml"}:
         path = SITES / f"{name}.yaml"
         if not path.exists():
-            raise ConfigError(f"--site {name!r} is not known{nearest(name, sorted(p.stem for p in SITES.glob('*.yaml')))}")
+            raise ConfigError(
+                f"--site {name!r} is not known{nearest(name, sorted(p.stem for p in SITES.glob('*.yaml')))}"
+            )
     return load_yaml_model(path, Site)

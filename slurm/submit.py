@@ -55,7 +55,9 @@ def submit_local(directory: StageDirectory, attempt: int, ranks: int, machine: M
     """Start one attempt of a stage on this machine. Raises StorageError."""
     gpus = count_accelerators() if machine.device != "cpu" else 0
     if machine.device == "cuda" and gpus < ranks:
-        raise ConfigError(f"machine.device is cuda with {ranks} ranks, but {gpus} accelerators are here: take device auto")
+        raise ConfigError(
+            f"machine.device is cuda with {ranks} ranks, but {gpus} accelerators are here: take device auto"
+        )
     with storage_errors(directory.jobs):
         executor = LocalExecutor(folder=directory.jobs)
         executor.update_parameters(
@@ -69,12 +71,14 @@ def submit_local(directory: StageDirectory, attempt: int, ranks: int, machine: M
 
 def count_accelerators() -> int:
     """GPUs that this machine has, without loading a library."""
-    return len(glob.glob("/dev/nvidia[0-9]*")) or len(glob.glob("/dev/dri/renderD*") if os.path.exists("/dev/kfd") else [])
+    return len(glob.glob("/dev/nvidia[0-9]*")) or len(
+        glob.glob("/dev/dri/renderD*") if os.path.exists("/dev/kfd") else []
+    )
 
 
 @contextmanager
 def _environment(directory: StageDirectory) -> Iterator[None]:
-    """The environment of the ranks. The allocator settings keep pages of fresh gradients: faults cost a third of a step."""
+    """The environment of the ranks. The allocator settings keep pages: faults on fresh gradients are slow."""
     values = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),

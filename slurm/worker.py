@@ -14,7 +14,6 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-
 from submitit import JobEnvironment
 
 from hpc.energy.ledger import power_series, stage_energy
@@ -188,5 +187,3 @@ def _is_full(folder: Path) -> bool:
     except OSError:
         return False
     return status.f_bavail * status.f_frsize < MIB // 16
-
-

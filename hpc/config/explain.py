@@ -67,7 +67,9 @@ def _describe(field: FieldInfo) -> str:
     if field.is_required():
         lines.append("  default: none, the key is required")
     else:
-        default = field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
+        default = (
+            field.default if field.default is not PydanticUndefined else field.get_default(call_default_factory=True)
+        )
         lines.append(f"  default: {_value(default)}")
     lines.append("")
     lines.extend(f"  {line.strip()}" for line in (field.description or "").splitlines())

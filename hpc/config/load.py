@@ -111,7 +111,9 @@ def _parse(path: Path) -> Document:
         if node is None:
             raise ConfigError(f"{path}: the file is empty: see configs/quickstart.yaml for an example")
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError(f"{path}:{_line(node)}: expected keys and values, such as 'name: my-run', at the top level")
+            raise ConfigError(
+                f"{path}:{_line(node)}: expected keys and values, such as 'name: my-run', at the top level"
+            )
         places: dict[KeyPath, Place] = {(): Place(str(path))}
         _locate(node, (), str(path), places, frozenset())
         data = _unshared(loader.construct_document(node))
@@ -228,10 +230,7 @@ def _set(document: Document, dotted: str, value: Any, place: Place) -> None:
         key, rest = _next_key(node, rest, place)
         path = (*path, key)
         if rest:
-            if isinstance(node, dict):
-                node = node.setdefault(str(key), {})
-            else:
-                node = node[key]
+            node = node.setdefault(str(key), {}) if isinstance(node, dict) else node[key]
             if not isinstance(node, (dict, list)):
                 raise ConfigError(f"{place}: {_dotted(path)} is {node!r}, which has no keys in it")
         elif isinstance(node, dict):

@@ -106,6 +106,8 @@ def _check_inputs(where: str, stage: Stage, produces: dict[str, Artifact]) -> No
         left.remove(found)
     for need, artifact in left:
         if artifact not in stage.accepts:
-            raise ValueError(f"{where} ({stage.kind}) cannot use {need!r}, which produces {artifact}: drop it from needs")
+            raise ValueError(
+                f"{where} ({stage.kind}) cannot use {need!r}, which produces {artifact}: drop it from needs"
+            )
     if stage.kind == "prepare" and len(stage.needs) > 1:
         raise ValueError(f"{where} needs {len(stage.needs)} stages, but takes its tokenizer from one: keep one")

@@ -1,4 +1,4 @@
-"""Documents from text, JSONL and Parquet files, from files that an installed package ships, and from a module's texts."""
+"""Documents from text, JSONL and Parquet files, from files that a package ships, and from a module's texts."""
 
 import glob
 import hashlib
@@ -54,7 +54,9 @@ def _module_texts(where: str) -> Iterator[str]:
     try:
         texts = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
-        raise DataError(f"sources.module: {where!r} cannot be read ({error}): check the module and its attribute") from None
+        raise DataError(
+            f"sources.module: {where!r} cannot be read ({error}): check the module and its attribute"
+        ) from None
     values = texts.values() if isinstance(texts, dict) else texts
     for value in values:
         if not isinstance(value, str):
@@ -71,9 +73,13 @@ def _read_file(path: Path, text_key: str) -> Iterator[str]:
         elif path.suffix == ".parquet":
             yield from _read_parquet(path, text_key)
         else:
-            raise DataError(f"{path}: files of type {path.suffix!r} are not read: use .txt, .md, .rst, .jsonl or .parquet")
+            raise DataError(
+                f"{path}: files of type {path.suffix!r} are not read: use .txt, .md, .rst, .jsonl or .parquet"
+            )
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out of files") from None
+        raise DataError(
+            f"{path} is not UTF-8 text (byte {error.start}): convert it, or leave it out of files"
+        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}): check its permissions") from None
 
@@ -102,7 +108,9 @@ def _read_parquet(path: Path, text_key: str) -> Iterator[str]:
         file = pyarrow.parquet.ParquetFile(path)
         for batch in file.iter_batches(columns=[text_key]):
             if not batch.schema.names:
-                raise DataError(f"{path} has no column {text_key!r}: its columns are {', '.join(file.schema_arrow.names)}")
+                raise DataError(
+                    f"{path} has no column {text_key!r}: its columns are {', '.join(file.schema_arrow.names)}"
+                )
             yield from (text for text in batch.column(0).to_pylist() if text)
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a readable Parquet file: {error}") from None

@@ -10,6 +10,7 @@ Format: Megatron-LM, megatron/core/datasets/indexed_dataset.py. Written here bec
 import struct
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from hpc.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
-DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
+DTYPES: dict[int, np.dtype[Any]] = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}
 
 
 class TokenStore:
@@ -37,13 +38,15 @@ class TokenStore:
             raise DataError(f"{index} is not a Megatron index file")
         version, code, sequences, _ = struct.unpack_from("<QBQQ", header, len(MAGIC))
         if version != 1 or code not in DTYPES or len(header) < 34 + 12 * sequences:
-            raise DataError(f"{index} is cut off, or has version {version} and dtype {code} where 1 and 4 or 8 are read")
+            raise DataError(
+                f"{index} is cut off, or has version {version} and dtype {code} where 1 and 4 or 8 are read"
+            )
         self.lengths: NDArray[np.int32] = np.frombuffer(header, np.int32, sequences, offset=34)
         dtype = DTYPES[code]
         expected = int(self.lengths.astype(np.int64).sum()) * dtype.itemsize
         if not data.exists() or data.stat().st_size != expected:
             raise DataError(f"{data} does not have the {expected:,} bytes that its index states")
-        self.tokens: NDArray[np.integer] = np.memmap(data, dtype, "r") if expected else np.empty(0, dtype)
+        self.tokens: NDArray[Any] = np.memmap(data, dtype, "r") if expected else np.empty(0, dtype)
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -11,7 +11,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from hpc.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json", "merges.txt")
+FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 def train_tokenizer(documents: Iterable[str], vocab_size: int, folder: Path) -> Tokenizer:
@@ -54,7 +61,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the library raises bare Exception
-        raise DataError(f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads: {error}") from None
+        raise DataError(
+            f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads: {error}"
+        ) from None
 
 
 def end_of_text_id(tokenizer: Tokenizer, folder: Path) -> int:
@@ -65,5 +74,7 @@ def end_of_text_id(tokenizer: Tokenizer, folder: Path) -> int:
     text = token["content"] if isinstance(token, dict) else token
     number = tokenizer.token_to_id(text)
     if number is None:
-        raise DataError(f"the tokenizer in {folder} has no end-of-text token {text!r}: set eos_token in its tokenizer_config.json")
+        raise DataError(
+            f"the tokenizer in {folder} has no end-of-text token {text!r}: set eos_token in its tokenizer_config.json"
+        )
     return int(number)

@@ -67,7 +67,9 @@ def stage_energy(stage_directory: Path) -> StageEnergy:
                 )
             )
     known = [part.energy_j for part in parts if part.energy_j is not None]
-    return StageEnergy(sum(known) if known else None, sum(p.duration_s for p in parts), list(provenance), parts, by_counter)
+    return StageEnergy(
+        sum(known) if known else None, sum(p.duration_s for p in parts), list(provenance), parts, by_counter
+    )
 
 
 def power_series(stage_directory: Path) -> list[tuple[float, str, int, float]]:

@@ -52,7 +52,10 @@ def newest_power_w(stage_directory: Path, attempt: int) -> float | None:
 
 def _last_samples(stage_directory: Path, attempt: int) -> list[tuple[str, dict[str, Any]]]:
     """(host, newest sample) of each node that has one in this attempt."""
-    rows = [(path.stem.removeprefix("energy-"), _last_sample(path)) for path in sorted(stage_directory.glob("energy-*.jsonl"))]
+    rows = [
+        (path.stem.removeprefix("energy-"), _last_sample(path))
+        for path in sorted(stage_directory.glob("energy-*.jsonl"))
+    ]
     return [(host, row) for host, row in rows if row is not None and row.get("attempt") == attempt]
 
 

@@ -24,7 +24,6 @@ import psutil
 
 from hpc.energy.counters import Counter, discover
 
-
 START_TIMEOUT_S = 5.0
 
 

@@ -1,5 +1,7 @@
 """A few lines of text from a model, for a person to read."""
 
+from typing import Any
+
 import torch
 from tokenizers import Tokenizer
 from transformers import PreTrainedModel
@@ -9,7 +11,8 @@ def continue_text(model: PreTrainedModel, tokenizer: Tokenizer, prompt: str, num
     """The prompt and up to `num_tokens` sampled tokens (temperature 0.8, top-k 40), reproducible by `seed`."""
     ids = torch.tensor([tokenizer.encode(prompt, add_special_tokens=False).ids])
     torch.manual_seed(seed)
-    output = model.generate(
+    generate: Any = model.generate
+    output = generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=num_tokens,

@@ -40,13 +40,8 @@ def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, en
     }
     if model.architecture == "olmoe":
         return OlmoeConfig(**common)
-    return Qwen3MoeConfig(
-        **common,
-        head_dim=model.head_dim,
-        moe_intermediate_size=model.expert_size,
-        decoder_sparse_step=1,
-        mlp_only_layers=[],
-    )
+    shape: dict[str, Any] = {"head_dim": model.head_dim, "moe_intermediate_size": model.expert_size}
+    return Qwen3MoeConfig(**common, **shape, decoder_sparse_step=1, mlp_only_layers=[])
 
 
 def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
@@ -58,7 +53,8 @@ def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
 
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a saved model. Raises ArtifactError when a tensor is missing or left over: none may stay random."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, info = pair
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs"):
         if info.get(problem):
             names = ", ".join(str(name) for name in list(info[problem])[:3])

@@ -116,8 +116,8 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         total_time=Quantity(sum(s.time.value or 0 for s in known), "s", f"estimated: sum{partly}"),
         total_energy=Quantity(sum(s.energy.value or 0 for s in known), "J", f"estimated: sum{partly}"),
         assumptions=(
-            f"time: estimated, FLOPs / ({machine.peak_flops_per_rank:.3g} FLOP/s per rank x {machine.expected_mfu} expected "
-            f"MFU) + {machine.stage_overhead_s:.0f} s to start a stage ({machine.source})",
+            f"time: estimated, FLOPs / ({machine.peak_flops_per_rank:.3g} FLOP/s per rank x {machine.expected_mfu} "
+            f"expected MFU) + {machine.stage_overhead_s:.0f} s to start a stage ({machine.source})",
             f"energy: estimated, time x power of the busy cores and memory of all ranks ({machine.power.source})",
             "FLOPs: derived, 6 x active matrix parameters + 12 L H T per token (arXiv:2204.02311, appendix B)",
             "memory: derived for weights and optimizer (arXiv:1910.02054), estimated for activations",
@@ -166,7 +166,8 @@ def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts 
     if memory.value is not None and memory.value > machine.memory_gib_per_rank * 2**30:
         raise ConfigError(
             f"stage {stage.name!r} needs about {memory.value / 2**30:.1f} GiB per rank, the site offers "
-            f"{machine.memory_gib_per_rank:g}: lower batches.micro_batch_size, or raise parallel.expert_parallel_size or nodes"
+            f"{machine.memory_gib_per_rank:g}: "
+            "lower batches.micro_batch_size, or raise parallel.expert_parallel_size or nodes"
         )
     if isinstance(stage, Lora) and facts and stage.train.batches.seq_len > facts.seq_len:
         raise ConfigError(
@@ -222,7 +223,9 @@ def _check_groups(stage: Quantize, model: Model) -> None:
         if size % stage.group_size:
             fits = [str(group) for group in (128, 64, 32) if size % group == 0]
             way_out = f"choose {' or '.join(fits)}" if fits else f"choose a {setting} that is a multiple of 32"
-            raise ConfigError(f"stage {stage.name!r}: group_size {stage.group_size} does not divide {setting} {size}: {way_out}")
+            raise ConfigError(
+                f"stage {stage.name!r}: group_size {stage.group_size} does not divide {setting} {size}: {way_out}"
+            )
 
 
 def _precision(machine: Machine, settings: TrainingBase) -> str:
@@ -247,7 +250,9 @@ def _work(config: RunConfig, stage: Stage, facts: Facts | None) -> tuple[Quantit
             else training_flops_per_token(*shape, seq_len)
         )
         text = _text_bytes(config.needed(stage, ["tokens"])[0])
-        notes = () if text is None else (f"about {tokens / (text / BYTES_PER_TOKEN):.2f} epochs of its text (estimated)",)
+        notes = (
+            () if text is None else (f"about {tokens / (text / BYTES_PER_TOKEN):.2f} epochs of its text (estimated)",)
+        )
         return Quantity(tokens * per_token, "FLOP", "derived: tokens x FLOPs per token"), tokens, notes
     if isinstance(stage, Evaluate) and stage.tokens is not None:
         models = len(config.needed(stage, ["model", "quantized"]))
@@ -273,7 +278,9 @@ def _seconds(machine: Machine, stage: Stage, flops: Quantity, ranks: int, facts:
         text = _text_bytes(stage)
         if text is None:
             return Quantity(None, "s", "unknown: the text is not here")
-        return Quantity(machine.stage_overhead_s / 4 + text / PREPARE_BYTES_PER_S, "s", "estimated: bytes of text / 2.5 MB/s")
+        return Quantity(
+            machine.stage_overhead_s / 4 + text / PREPARE_BYTES_PER_S, "s", "estimated: bytes of text / 2.5 MB/s"
+        )
     if flops.value is None:
         return Quantity(None, "s", flops.how)
     seconds = machine.stage_overhead_s + flops.value / (ranks * machine.peak_flops_per_rank * machine.expected_mfu)

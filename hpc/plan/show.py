@@ -2,7 +2,22 @@
 
 from hpc.plan.plan import Plan, Quantity, StagePlan
 
-HEADINGS = ("stage", "kind", "ranks", "EP", "ZeRO", "steps", "tokens", "total", "active", "trained", "GiB/rank", "FLOPs", "time", "energy")
+HEADINGS = (
+    "stage",
+    "kind",
+    "ranks",
+    "EP",
+    "ZeRO",
+    "steps",
+    "tokens",
+    "total",
+    "active",
+    "trained",
+    "GiB/rank",
+    "FLOPs",
+    "time",
+    "energy",
+)
 
 
 def render(plan: Plan) -> str:

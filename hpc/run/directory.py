@@ -1,19 +1,19 @@
 """Where everything of a run lies on disk, and how files get there: whole or not at all.
 
-    RUN/config.yaml            the configuration as it was given, resolved
-    RUN/plan.json              what runs
-    RUN/report.html            the last report
-    RUN/stages/STAGE/          one stage
-        task.json              what the worker was told to do
-        attempts.jsonl         one line when an attempt starts, one when it ends
-        metrics.jsonl          one line per logged step: the truth that W&B mirrors
-        energy-HOST.jsonl      one line per second and node
-        progress.json          where the running attempt is
-        checkpoints/step-N/    published checkpoints, never changed once they are there
-        artifact/              what the next stages read
-        receipt.json           written last: the stage is done
-        jobs/ wandb/           submitit's files and logs; W&B's files
-    RUN/superseded/STAGE-N/    stages that a changed configuration made again
+RUN/config.yaml            the configuration as it was given, resolved
+RUN/plan.json              what runs
+RUN/report.html            the last report
+RUN/stages/STAGE/          one stage
+    task.json              what the worker was told to do
+    attempts.jsonl         one line when an attempt starts, one when it ends
+    metrics.jsonl          one line per logged step: the truth that W&B mirrors
+    energy-HOST.jsonl      one line per second and node
+    progress.json          where the running attempt is
+    checkpoints/step-N/    published checkpoints, never changed once they are there
+    artifact/              what the next stages read
+    receipt.json           written last: the stage is done
+    jobs/ wandb/           submitit's files and logs; W&B's files
+RUN/superseded/STAGE-N/    stages that a changed configuration made again
 """
 
 import json

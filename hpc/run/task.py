@@ -60,7 +60,7 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
 
 @dataclass
 class StopRequest:
-    """Set by signals on any rank. The training loop defers it to a step boundary; elsewhere it ends the stage at once."""
+    """Set by signals on any rank. Training defers it to a step boundary; elsewhere it ends the stage at once."""
 
     requested: bool = False
     deferred: bool = False

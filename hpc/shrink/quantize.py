@@ -20,7 +20,7 @@ from hpc.errors import ArtifactError
 from hpc.model.build import load_model, tensor_group
 
 KL_LIMIT = {4: 0.05, 8: 0.005}
-"""Largest accepted KL divergence (nats per token) from the source; a misread artifact is far above, 4 bits far below."""
+"""Largest accepted KL divergence (nats per token) from the source; a misread artifact is far above it."""
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,16 @@ def run(context: Context) -> Result:
                     f"{name!r} has {model.config.vocab_size:,} vocabulary entries, {set_name!r} has "
                     f"{facts['vocab_size']:,}: let its prepare stage need the one with the model's tokenizer"
                 )
-            table[name][set_name] = _measure(context, stage, name, model, set_name, TokenStore(tokens / "held_out"), facts)
+            table[name][set_name] = _measure(
+                context, stage, name, model, set_name, TokenStore(tokens / "held_out"), facts
+            )
         context.progress(f"{name}: writing text")
         tokenizer = load_tokenizer(folder)
         samples[name] = [
-            {"prompt": prompt, "text": continue_text(model, tokenizer, prompt, stage.generate_tokens, context.task.seed)}
+            {
+                "prompt": prompt,
+                "text": continue_text(model, tokenizer, prompt, stage.generate_tokens, context.task.seed),
+            }
             for prompt in stage.prompts
         ]
         del model

@@ -25,7 +25,8 @@ def run(context: Context) -> Result:
     trained_on = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
     if trained_on["digest"] != context.input_receipt(base_name).digest:
         raise ArtifactError(
-            f"adapter {adapter_name!r} was trained on {trained_on['stage']!r}, not on {base_name!r}: name that one in needs"
+            f"adapter {adapter_name!r} was trained on {trained_on['stage']!r}, not on {base_name!r}: "
+            "name that one in needs"
         )
     context.progress("merging")
     model = load_model(base).eval()

@@ -22,7 +22,9 @@ def run(context: Context) -> Result:
     expert_size = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     for setting, size in (("hidden_size", config.hidden_size), ("expert_size", expert_size)):
         if size % stage.group_size:
-            raise ConfigError(f"group_size {stage.group_size} does not divide {setting} {size} of {name!r}: choose 64 or 32")
+            raise ConfigError(
+                f"group_size {stage.group_size} does not divide {setting} {size} of {name!r}: choose 64 or 32"
+            )
 
     artifact = context.directory.artifact
     staging = artifact.with_name(".artifact")

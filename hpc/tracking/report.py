@@ -248,7 +248,10 @@ def metric_rows(stage: StageReport) -> list[tuple[str, str, str | None]]:
 def draw(run: RunReport) -> dict[str, str]:
     """All figures as HTML; an empty string for one that has no data."""
     kinds = {stage.name: stage.kind for stage in run.stages}
-    labels = {s.name: " · ".join(word for word in (duration(s.seconds), energy(s.energy_j)) if word != "-") for s in run.stages}
+    labels = {
+        s.name: " · ".join(word for word in (duration(s.seconds), energy(s.energy_j)) if word != "-")
+        for s in run.stages
+    }
     trained = next((stage for stage in run.of_kind("pretrain") if stage.history), None)
     unigram = next((stage.metrics.get("unigram_loss") for stage in run.of_kind("prepare")), None)
     adapters = {stage.name: stage for stage in run.of_kind("lora")}
@@ -257,7 +260,11 @@ def draw(run: RunReport) -> dict[str, str]:
         for name, stage in adapters.items()
         if stage.metrics.get("heldout_loss_before") is not None and stage.metrics.get("heldout_loss") is not None
     }
-    load = next((row["router_load"] for row in reversed(trained.history) if row.get("router_load")), None) if trained else None
+    load = (
+        next((row["router_load"] for row in reversed(trained.history) if row.get("router_load")), None)
+        if trained
+        else None
+    )
     rows = list(model_rows(run))
     first = next(iter(token_sets(run)), None)
     sized = {
@@ -277,5 +284,3 @@ def draw(run: RunReport) -> dict[str, str]:
         "energy_bars": figures.energy_bars({s.name: s.energy_j for s in run.stages if s.energy_j is not None}, kinds),
         "size_quality": figures.size_quality(sized) if sized else "",
     }
-
-

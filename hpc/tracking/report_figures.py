@@ -17,7 +17,7 @@ BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 148, 62, 40, 18, 8
 
 
 def chain_svg(stages: Sequence[Any], labels: dict[str, str]) -> str:
-    """The chain, left to right by depth of dependency. stages have name, kind, needs; labels: a line under each name."""
+    """The chain, left to right by depth of dependency. labels: a line of text for each stage's name."""
     depth: dict[str, int] = {}
     by_name = {stage.name: stage for stage in stages}
 
@@ -50,7 +50,8 @@ def _edge(source: tuple[float, float], target: tuple[float, float]) -> str:
     x1, y1 = source[0] + BOX_WIDTH, source[1] + BOX_HEIGHT / 2
     x2, y2 = target[0], target[1] + BOX_HEIGHT / 2
     bend = max(24.0, (x2 - x1) / 2)
-    return f'<path d="M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}" fill="none" stroke="#c3cad3" stroke-width="1.4"/>'
+    curve = f"M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}"
+    return f'<path d="{curve}" fill="none" stroke="#c3cad3" stroke-width="1.4"/>'
 
 
 def _box(corner: tuple[float, float], name: str, kind: str, label: str) -> str:
@@ -73,8 +74,8 @@ def loss_curves(histories: dict[str, list[dict[str, Any]]], reference: float | N
         trained = [row for row in rows if row.get("loss") is not None]
         held_out = [row for row in rows if row.get("heldout_loss") is not None]
         figure.add_scatter(
-            x=[row["tokens"] for row in trained], y=[row["loss"] for row in trained], mode="lines", name=f"{name}, training",
-            line={"color": colour, "width": 1}, opacity=0.55,
+            x=[row["tokens"] for row in trained], y=[row["loss"] for row in trained], mode="lines",
+            name=f"{name}, training", line={"color": colour, "width": 1}, opacity=0.55,
         )  # fmt: skip
         figure.add_scatter(
             x=[row["tokens"] for row in held_out], y=[row["heldout_loss"] for row in held_out], mode="lines+markers",
@@ -82,7 +83,11 @@ def loss_curves(histories: dict[str, list[dict[str, Any]]], reference: float | N
         )  # fmt: skip
     if reference is not None:
         figure.add_hline(
-            y=reference, line_dash="dash", line_color="#9aa5b1", annotation_text="unigram model", annotation_font_size=11
+            y=reference,
+            line_dash="dash",
+            line_color="#9aa5b1",
+            annotation_text="unigram model",
+            annotation_font_size=11,
         )
     return _finish(figure, "tokens", "loss, nats per token")
 
@@ -214,5 +219,7 @@ def _finish(figure: Any, x: str, y: str, *, height: int = 340, legend: bool = Tr
     figure.update_yaxes(title={"text": y}, title_font_size=12)
     if x == "energy, Wh":
         figure.update_yaxes(automargin=True)
-    html: str = figure.to_html(full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True})
+    html: str = figure.to_html(
+        full_html=False, include_plotlyjs=False, config={"displayModeBar": False, "responsive": True}
+    )
     return html

@@ -20,7 +20,15 @@ class Mirror:
 
     @classmethod
     def start(
-        cls, tracking: Tracking, *, chain: str, stage: str, kind: str, folder: Path, identity: str, config: dict[str, Any]
+        cls,
+        tracking: Tracking,
+        *,
+        chain: str,
+        stage: str,
+        kind: str,
+        folder: Path,
+        identity: str,
+        config: dict[str, Any],
     ) -> "Mirror":
         """Begin or resume the W&B run of a stage.
 

@@ -97,7 +97,11 @@ class Engine:
         options = self.settings.optimizer
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         groups: list[dict[str, Any]] = [
-            {"name": "decayed", "weight_decay": options.weight_decay, "params": [p for _, p in trained if p.dim() >= 2]},
+            {
+                "name": "decayed",
+                "weight_decay": options.weight_decay,
+                "params": [p for _, p in trained if p.dim() >= 2],
+            },
             {"name": "undecayed", "weight_decay": 0.0, "params": [p for _, p in trained if p.dim() < 2]},
         ]
         groups = [group for group in groups if group["params"]]
@@ -131,7 +135,7 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same layout. Collective. Raises ArtifactError when DeepSpeed finds nothing."""
+        """Read what `save` wrote, with the same layout. Collective. Raises ArtifactError when there is nothing."""
         path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
         if path is None:
             raise ArtifactError(f"DeepSpeed finds no checkpoint in {folder}: delete it to fall back to the one before")
@@ -169,7 +173,9 @@ class Engine:
         if size == 1:
             return local.cpu()
         parts = [torch.empty_like(local) for _ in range(size)]
-        dist.all_gather(parts, local.contiguous(), group=deepspeed.utils.groups._get_expert_parallel_group(f"ep_size_{size}"))
+        dist.all_gather(
+            parts, local.contiguous(), group=deepspeed.utils.groups._get_expert_parallel_group(f"ep_size_{size}")
+        )
         return torch.cat(parts).cpu()
 
 
@@ -181,7 +187,7 @@ def _apply_autoep_shim() -> None:
     """
     from transformers.utils import output_capturing
 
-    registry = output_capturing._CanRecordRegistry
+    registry: Any = output_capturing._CanRecordRegistry
     if getattr(registry, "_accepts_strings", False):
         return
     original = registry.get

@@ -11,6 +11,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from tests.conftest import ROOT, Launch
 
 
@@ -109,7 +110,7 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
     assert (run / f"stages/pretrain/checkpoints/step-{stopped_at:08d}/MANIFEST.json").exists()
 
     assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
-    assert [row["step"] for row in rows(run) if row["attempt"] == 2][0] == stopped_at + 1
+    assert next(row["step"] for row in rows(run) if row["attempt"] == 2) == stopped_at + 1
     assert final(run) == final(uninterrupted)
 
 

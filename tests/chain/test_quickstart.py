@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from tests.chain.conftest import quickstart_command
 from tests.conftest import ROOT, Launch
 

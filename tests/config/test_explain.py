@@ -23,7 +23,7 @@ def test_a_key_that_several_kinds_share_is_explained_once_with_all_paths() -> No
 
 
 def test_an_unknown_key_gets_the_nearest_one() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'train.router.top_k'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'train\.router\.top_k'"):
         explain("train.router.topk")
 
 

@@ -147,7 +147,9 @@ def test_broken_files_are_told_in_one_line(config: Path, content: str, expected:
 
 
 def test_a_file_extends_others_and_lists_of_stages_merge_by_name(config: Path) -> None:
-    Path("longer.yaml").write_text("extends: moe.yaml\nname: longer\nstages:\n  - {name: pretrain, train: {steps: 99}}\n")
+    Path("longer.yaml").write_text(
+        "extends: moe.yaml\nname: longer\nstages:\n  - {name: pretrain, train: {steps: 99}}\n"
+    )
     loaded = load_config(Path("longer.yaml"))
     assert loaded.name == "longer"
     assert [stage.name for stage in loaded.stages] == ["text", "pretrain"]
@@ -206,12 +208,14 @@ def test_every_shipped_configuration_loads_and_names_its_schema(root: Path) -> N
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 trees: st.SearchStrategy[Any] = st.recursive(
     scalars,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["name", "stages", "kind", "needs", "train", "sources", "files", "seed", "router"])
-        | st.text(max_size=5),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["name", "stages", "kind", "needs", "train", "sources", "files", "seed", "router"])
+            | st.text(max_size=5),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )

@@ -70,7 +70,9 @@ def test_a_counter_that_restarts_counts_from_zero_again() -> None:
     assert accumulator.total_j == pytest.approx(250 + 30 + 50)
 
 
-@given(steps=st.lists(st.tuples(st.floats(0, 1e6), st.floats(0.01, 1e4)), min_size=1), wrap=st.none() | st.floats(1, 1e6))
+@given(
+    steps=st.lists(st.tuples(st.floats(0, 1e6), st.floats(0.01, 1e4)), min_size=1), wrap=st.none() | st.floats(1, 1e6)
+)
 def test_no_sequence_of_readings_gives_negative_energy(steps: list[tuple[float, float]], wrap: float | None) -> None:
     accumulator, now, before = Accumulator(wrap_j=wrap), 0.0, 0.0
     for value, seconds in steps:
@@ -80,7 +82,9 @@ def test_no_sequence_of_readings_gives_negative_energy(steps: list[tuple[float, 
         before = accumulator.total_j
 
 
-def test_a_permission_denied_is_said_and_the_estimate_takes_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_permission_denied_is_said_and_the_estimate_takes_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     zone(tmp_path, "intel-rapl:0", "package-0", 5)
     read_text = Path.read_text
 

@@ -23,7 +23,7 @@ class Discovery:
 
 
 def discover(power_model: PowerCoefficients | None, root: Path = Path("/")) -> Discovery:
-    """Find the counters of this node below `root` (a fake tree in tests). Without a power model nothing is estimated."""
+    """Find this node's counters below `root` (a fake tree in tests). Without a power model nothing is estimated."""
     node, notes = pm_counters.find(root)
     if node:
         return Discovery([*node], notes)

@@ -15,10 +15,14 @@ from hpc.energy.counters.base import Reading, Scope
 class PowerCoefficients(Protocol):
     """What the estimate needs of hpc.config.PowerModel."""
 
-    cpu_idle_w_per_core: float
-    cpu_busy_w_per_core: float
-    dram_w_per_gib: float
-    source: str
+    @property
+    def cpu_idle_w_per_core(self) -> float: ...
+    @property
+    def cpu_busy_w_per_core(self) -> float: ...
+    @property
+    def dram_w_per_gib(self) -> float: ...
+    @property
+    def source(self) -> str: ...
 
 
 class CpuEstimate:

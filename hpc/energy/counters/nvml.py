@@ -4,6 +4,7 @@ No privilege is needed. On GH200 the energy counter covers the whole module, Gra
 the GPU alone; the counter is what is taken, and a module's CPU must then not be added. With MIG it does not exist.
 """
 
+import contextlib
 from typing import Any
 
 from hpc.energy.counters.base import Accumulator, Reading, Scope
@@ -27,10 +28,8 @@ class NvmlGpu:
 
     def read(self) -> Reading:
         """Energy since the start; power as the mean since the reading before."""
-        try:
+        with contextlib.suppress(self._library.NVMLError):
             self._accumulator.add(self._joules())
-        except self._library.NVMLError:
-            pass
         return self._accumulator.reading()
 
 

@@ -5,6 +5,7 @@
 Since Linux 5.10 only root may read energy_uj: "permission denied" is the normal case and is said, not an error.
 """
 
+import contextlib
 from pathlib import Path
 
 from hpc.energy.counters.base import Accumulator, Reading, Scope
@@ -25,10 +26,8 @@ class RaplZone:
 
     def read(self) -> Reading:
         """Energy since the start; power as the mean since the reading before."""
-        try:
+        with contextlib.suppress(OSError, ValueError):
             self._accumulator.add(_number(self._file) / 1e6)
-        except (OSError, ValueError):
-            pass
         return self._accumulator.reading()
 
 

@@ -1,0 +1,127 @@
+"""The plan's arithmetic, against the models themselves and against published figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hpc.config import Model, Router, RunConfig
+from hpc.config.load import load_config
+from hpc.plan.flops import forward_flops_per_token, training_flops_per_token
+from hpc.plan.params import count, count_adapter
+from hpc.plan.plan import plan
+from hpc.plan.show import amount, duration, energy
+from slurm.site import load_site
+from tests.conftest import Launch
+
+
+@pytest.mark.parametrize("architecture", ["qwen3_moe", "olmoe"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_parameters_are_those_that_transformers_builds(architecture: str, kv_heads: int) -> None:
+    if architecture == "olmoe" and kv_heads == 2:
+        pytest.skip("refused by the configuration")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hpc.model.build import model_config
+
+    model = Model(
+        architecture=architecture,  # type: ignore[arg-type]
+        hidden_size=96, num_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads, expert_size=80,
+    )  # fmt: skip
+    router = Router(num_experts=6, top_k=2)
+    with torch.device("meta"):
+        built: Any = AutoModelForCausalLM.from_config(model_config(model, router, 1000, 64, 0))
+    assert count(model, router, 1000).total == sum(p.numel() for p in built.parameters())
+
+
+def test_olmoes_published_size_comes_out() -> None:
+    """OLMoE-1B-7B: 6.92 B parameters, 1.28 B active (arXiv:2409.02060, table 1: 6.9B and 1.3B)."""
+    model = Model(architecture="olmoe", hidden_size=2048, num_layers=16, num_attention_heads=16, expert_size=1024)
+    parameters = count(model, Router(num_experts=64, top_k=8), 50304)
+    assert parameters.total == pytest.approx(6.92e9, rel=2e-3)
+    assert parameters.active == pytest.approx(1.28e9, rel=2e-3)
+
+
+def test_flops_count_active_experts_and_attention_by_hand() -> None:
+    model = Model(hidden_size=8, num_layers=1, num_attention_heads=2, expert_size=4)
+    router = Router(num_experts=16, top_k=2)
+    matrices = 100 * 8 + 4 * 8 * 8 + 16 * 8 + 2 * 3 * 8 * 4  # head, q k v o, router, two experts
+    assert forward_flops_per_token(model, router, 100, 32) == 2 * matrices + 4 * 1 * 8 * 32
+    assert training_flops_per_token(model, router, 100, 32) == 3 * (2 * matrices + 4 * 8 * 32)
+
+
+def test_adapter_parameters_are_those_that_peft_adds(root: Path) -> None:
+    from hpc.adapt.lora import attach, trainable_parameters
+    from hpc.model.build import build_model, model_config
+
+    stage = load_config(root / "configs/quickstart.yaml").stage("lora-modern")
+    model, router = Model(hidden_size=64, num_layers=2, num_attention_heads=2, expert_size=32), Router(num_experts=4)
+    built = build_model(model_config(model, router, 300, 32, 0), seed=0)
+    adapted = attach(built, stage.train, seed=0)  # type: ignore[union-attr,arg-type]
+    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)  # type: ignore[union-attr,arg-type]
+
+
+@pytest.fixture
+def quickstart(root: Path) -> RunConfig:
+    return load_config(root / "configs/quickstart.yaml")
+
+
+def test_every_figure_of_a_plan_says_how_it_was_come_by(quickstart: RunConfig) -> None:
+    made = plan(quickstart, load_site("local").machine)
+    for stage in made.stages:
+        for quantity in (stage.memory_per_rank, stage.flops, stage.time, stage.energy):
+            assert quantity.how.startswith(("derived:", "estimated:", "unknown:"))
+            assert (quantity.value is None) == quantity.how.startswith("unknown:")
+
+
+def test_a_plan_has_every_stage_after_what_it_needs(quickstart: RunConfig) -> None:
+    names = [stage.name for stage in plan(quickstart, load_site("local").machine).stages]
+    for stage in quickstart.stages:
+        assert all(names.index(need) < names.index(stage.name) for need in stage.needs)
+
+
+def test_expert_parallelism_and_zero_lower_the_memory_of_a_rank(quickstart: RunConfig, root: Path) -> None:
+    machine = load_site("local").machine
+
+    def memory(*overrides: str) -> float:
+        config = load_config(
+            root / "configs/quickstart.yaml", [f"stages.pretrain.train.parallel.{o}" for o in overrides]
+        )
+        value = next(s for s in plan(config, machine).stages if s.name == "pretrain").memory_per_rank.value
+        assert value is not None
+        return value
+
+    together = memory("expert_parallel_size=2")
+    assert memory("expert_parallel_size=1") > together
+    assert memory("expert_parallel_size=2", "zero_stage=2") < together
+
+
+def test_groups_that_do_not_divide_the_model_are_refused_with_those_that_do(root: Path, launch: Launch) -> None:
+    result = launch(
+        "plan", root / "configs/quickstart.yaml", "--set", "stages.pretrain.train.model.expert_size=192",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == "error: stage 'quantize': group_size 128 does not divide expert_size 192: choose 64 or 32\n"
+
+
+def test_plan_prints_a_table_and_json(root: Path, launch: Launch) -> None:
+    table = launch("plan", "configs/quickstart.yaml").stdout
+    assert max(len(line) for line in table.split("\n\n")[1].splitlines()) <= 120
+    assert "9.45M" in table
+    content = json.loads(launch("plan", "configs/quickstart.yaml", "--json").stdout)
+    assert content["stages"][3]["total_params"] == 9_448_192
+    assert content["total_energy"]["how"].startswith("estimated:")
+
+
+@pytest.mark.parametrize(
+    ("function", "value", "text"),
+    [
+        (amount, None, "-"), (amount, 9_448_192, "9.45M"), (amount, 1.2e12, "1.2T"),
+        (duration, 9.44, "9.4 s"), (duration, 59.97, "1m00s"), (duration, 7500, "2h05m"), (duration, 3e5, "3d11h"),
+        (energy, 14760, "4.1 Wh"), (energy, 8.28e6, "2.3 kWh"), (energy, None, "-"),
+    ],
+)  # fmt: skip
+def test_quantities_read_like_a_person_writes_them(function: Any, value: Any, text: str) -> None:
+    assert function(value) == text

@@ -1,0 +1,122 @@
+"""The architecture as a table: who may import whom, one door per foreign library, a top level that stays as it is."""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Launch
+
+DOORS = {
+    "submitit": {"slurm/submit.py", "slurm/worker.py"},
+    "deepspeed": {"hpc/train/engine.py"},
+    "peft": {"hpc/adapt/lora.py"},
+    "wandb": {"hpc/tracking/wandb.py"},
+    "auto_round": {"hpc/shrink/quantize.py"},
+    "pynvml": {"hpc/energy/counters/nvml.py"},
+    "tokenizers": {"hpc/data/tokenizer.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
+    "transformers": {
+        "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
+        "hpc/train/engine.py",
+    },
+    "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
+    "pyarrow": {"hpc/data/sources.py"},
+}  # fmt: skip
+"""Library -> the files that may import it. Replacing a library touches these and no others."""
+
+MAY_IMPORT = {
+    "hpc.errors": set(),
+    "hpc.config": {"hpc.errors"},
+    "hpc.plan": {"hpc.config", "hpc.errors"},
+    "hpc.run": {"hpc.config", "hpc.errors"},
+    "hpc.energy": {"hpc.config", "hpc.errors", "hpc.run"},
+    "hpc.data": {"hpc.config", "hpc.errors"},
+    "hpc.model": {"hpc.config", "hpc.errors"},
+    "hpc.evaluate": {"hpc.data", "hpc.errors"},
+    "hpc.adapt": {"hpc.config", "hpc.errors"},
+    "hpc.shrink": {"hpc.errors", "hpc.model"},
+    "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
+    "hpc.train": {
+        "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.run", "hpc.tracking",
+    },
+    "slurm": {
+        "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages", "hpc.tracking.wandb",
+    },
+}  # fmt: skip
+"""Package -> packages of ours that it may import, besides itself. hpc.stages may import all of hpc."""
+
+TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
+              "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live"]  # fmt: skip
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}
+
+
+def modules() -> list[Path]:
+    return [path for package in ("hpc", "slurm") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imports(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+def package_of(module: str) -> str:
+    return ".".join(module.split(".")[:2]) if module.startswith("hpc.") else module.split(".")[0]
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_imports_only_what_its_place_allows(path: Path) -> None:
+    place = str(path.relative_to(ROOT))
+    own = package_of(place.removesuffix(".py").replace("/", "."))
+    for module in imports(path):
+        library = module.split(".")[0]
+        if library in DOORS:
+            assert place in DOORS[library], f"{place} imports {library}; its doors are {DOORS[library]}"
+        if library == "slurm":
+            assert own == "slurm", f"{place} imports slurm: the compute plane does not know the scheduler"
+        if library == "hpc" and module != "hpc" and own not in ("hpc.stages", package_of(module)):
+            allowed = MAY_IMPORT[own]
+            assert module in allowed or package_of(module) in allowed, f"{place} imports {module}"
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_the_login_plane_never_loads_a_heavy_library(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({HEAVY!r} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["plan", "configs/quickstart.yaml"], ["explain", "train.steps"]])
+def test_verbs_that_only_tell_something_do_not_load_torch(arguments: list[str]) -> None:
+    code = (
+        "import sys\nfrom launch import main\n"
+        f"try: main({arguments!r}, standalone_mode=False)\n"
+        "finally: print('torch' in sys.modules, file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.stderr.strip().splitlines()[-1] == "False"
+
+
+def test_help_lists_the_verbs_in_the_order_of_use_and_all_exit_codes(launch: Launch) -> None:
+    text = launch("--help").stdout
+    places = [text.index(f"\n  {verb} ") for verb in ("run", "plan", "explain", "schema")]
+    assert places == sorted(places)
+    for code in (0, 2, 3, 4, 5, 6, 7, 130):
+        assert f"\n  {code:>5}  " in text
+
+
+def test_the_top_level_is_the_one_the_customer_fixed() -> None:
+    listed = subprocess.run(["git", "ls-tree", "--name-only", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    fixed = {"pyproject.toml", "README.md", "hpc", "slurm", "configs", "tests", "launch.py", "LICENSE"}
+    assert {name for name in listed.stdout.split() if not name.startswith(".")} <= fixed
+
+
+def test_folders_are_at_most_two_deep() -> None:
+    assert all(len(path.relative_to(ROOT).parts) <= 4 for path in modules())
