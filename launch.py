@@ -107,6 +107,20 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=1))
 
 
+@main.group()
+def bench() -> None:
+    """Measure this software against a limit or a peer, in one run."""
+
+
+@bench.command()
+@click.option("--repeats", default=7, show_default=True, help="Runs of each command; medians are shown.")
+def startup(repeats: int) -> None:
+    """CPU time of --help and plan, against their limits of 0.5 s and 1 s."""
+    from slurm.bench import startup as measure
+
+    click.echo(measure(repeats))
+
+
 def _load(config: Path, site: str, overrides: tuple[str, ...]) -> tuple[Any, Any, Any]:
     """Configuration, site and plan, checked against each other."""
     from hpc.config.load import load_config

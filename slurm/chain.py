@@ -22,6 +22,7 @@ from slurm.live import View
 from slurm.site import Site
 from slurm.state import Decision, decide, input_digests
 from slurm.submit import LocalStage, submit_local
+from slurm.worker import StageTask
 
 POLL_S = 0.25
 GRACE_S = 10.0
@@ -67,7 +68,7 @@ def _run_stage(
     ).write(directory.task)
     attempt = count_attempts(directory) + 1
     view.say(stage.name, f"{decision.action}: {decision.reason}" if decision.action != "run" else "started")
-    job = submit_local(directory, attempt, ranks, site.machine)
+    job = submit_local(StageTask(str(directory.root), attempt), directory, ranks, site.machine)
     _watch(job, stage.name, directory, attempt, view, stop)
     _conclude(stage, directory, attempt, view)
 

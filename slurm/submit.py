@@ -1,21 +1,21 @@
-"""The door to submitit: one job per stage. Here the local executor; the same `StageTask` goes to Slurm."""
+"""The door to submitit: one job per stage. Here the local executor; the same task goes to Slurm."""
 
 import glob
 import os
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import psutil
-from submitit import LocalExecutor
+from submitit import JobEnvironment, LocalExecutor
 from submitit.local.local import LocalJob
 
 from hpc.config import Machine
 from hpc.errors import ConfigError
 from hpc.run.directory import StageDirectory, storage_errors
-from slurm.worker import StageTask
+from hpc.run.task import World
 
 LONG_MINUTES = 60 * 24 * 30
 """submitit's local executor stops a job after two minutes unless told otherwise."""
@@ -51,8 +51,8 @@ class LocalStage:
                 continue
 
 
-def submit_local(directory: StageDirectory, attempt: int, ranks: int, machine: Machine) -> LocalStage:
-    """Start one attempt of a stage on this machine. Raises StorageError."""
+def submit_local(task: Callable[[], str], directory: StageDirectory, ranks: int, machine: Machine) -> LocalStage:
+    """Start `task` (picklable) on every rank of a job on this machine. Raises StorageError."""
     gpus = count_accelerators() if machine.device != "cpu" else 0
     if machine.device == "cuda" and gpus < ranks:
         raise ConfigError(
@@ -64,9 +64,30 @@ def submit_local(directory: StageDirectory, attempt: int, ranks: int, machine: M
             tasks_per_node=ranks, nodes=1, timeout_min=LONG_MINUTES, gpus_per_node=ranks if gpus >= ranks else 0
         )
         with _environment(directory), _terminal_signals_ignored():
-            job = executor.submit(StageTask(str(directory.root), attempt))
+            job = executor.submit(task)
     assert isinstance(job, LocalJob)
     return LocalStage(job)
+
+
+def current_world() -> World:
+    """Ranks of this process, from the scheduler's environment, exported in the names that torch and DeepSpeed read."""
+    job = JobEnvironment()
+    world = World(
+        rank=job.global_rank,
+        size=job.num_tasks,
+        local_rank=job.local_rank,
+        local_size=job.num_tasks // job.num_nodes,
+    )
+    os.environ.update(
+        RANK=str(world.rank),
+        WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(world.local_rank),
+        LOCAL_WORLD_SIZE=str(world.local_size),
+        CROSS_RANK=str(job.node),
+        CROSS_SIZE=str(job.num_nodes),
+        LOCAL_SIZE=str(world.local_size),
+    )
+    return world
 
 
 def count_accelerators() -> int:

@@ -14,17 +14,16 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-from submitit import JobEnvironment
-
 from hpc.energy.ledger import power_series, stage_energy
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import GreenMoEError, StageError, Stopped, StorageError
 from hpc.run.attempts import exclusive, record_end, record_start
 from hpc.run.directory import StageDirectory
 from hpc.run.receipt import Receipt, code_version, digest, list_files, write_receipt
-from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked
+from hpc.run.task import Context, Result, StopRequest, TaskFile, asked
 from hpc.stages import stage_function
 from hpc.tracking.wandb import Mirror
+from slurm.submit import current_world
 
 NO_SPACE = "No space left on device"
 MIB = 2**20
@@ -42,7 +41,7 @@ class StageTask:
         stop = StopRequest()
         os.umask(0o077)
         directory = StageDirectory(Path(self.directory))
-        world = enter_world(JobEnvironment())
+        world = current_world()
         sampler = None
         try:
             stop.listen()
@@ -100,26 +99,6 @@ class StageTask:
             record_end(context.directory, context.attempt, 0, "done")
 
 
-def enter_world(environment: JobEnvironment) -> World:
-    """Ranks from the scheduler's environment, exported in the names that torch and DeepSpeed read."""
-    world = World(
-        rank=environment.global_rank,
-        size=environment.num_tasks,
-        local_rank=environment.local_rank,
-        local_size=environment.num_tasks // environment.num_nodes,
-    )
-    os.environ.update(
-        RANK=str(world.rank),
-        WORLD_SIZE=str(world.size),
-        LOCAL_RANK=str(world.local_rank),
-        LOCAL_WORLD_SIZE=str(world.local_size),
-        CROSS_RANK=str(environment.node),
-        CROSS_SIZE=str(environment.num_nodes),
-        LOCAL_SIZE=str(world.local_size),
-    )
-    return world
-
-
 def start_mirror(context: Context) -> Mirror:
     """The W&B run of this stage; every attempt with the same inputs and configuration goes on in the same one."""
     task, wanted = context.task, asked(context.task.stage, context.task.seed)
@@ -145,7 +124,7 @@ def log_power(context: Context, mirror: Mirror) -> None:
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
     """Put together what the stage did, what it left behind and what it drew."""
-    energy = stage_energy(context.directory.root)
+    energy, tokens = stage_energy(context.directory.root), result.metrics.get("tokens")
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,
@@ -154,7 +133,12 @@ def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], 
         files=files,
         metrics=result.metrics,
         provenance=result.provenance,
-        energy={"energy_j": energy.energy_j, "provenance": energy.provenance, "duration_s": energy.duration_s},
+        energy={
+            "energy_j": energy.energy_j,
+            "provenance": energy.provenance,
+            "sampled_s": energy.duration_s,
+            "j_per_token": energy.energy_j / tokens if tokens and energy.energy_j is not None else None,
+        },
         code={**code_version(), **{name: library_version(name) for name in result.libraries}},
         seconds=seconds,
         attempts=context.attempt,

@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ROOT, Launch
 
 DOORS = {
-    "submitit": {"slurm/submit.py", "slurm/worker.py"},
+    "submitit": {"slurm/submit.py"},
     "deepspeed": {"hpc/train/engine.py"},
     "peft": {"hpc/adapt/lora.py"},
     "wandb": {"hpc/tracking/wandb.py"},

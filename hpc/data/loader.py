@@ -1,8 +1,9 @@
 """Which tokens a rank sees at a step: a pure function of (seed, step, rank, world), so a position is one number.
 
-The token stream is cut into windows of seq_len + 1 tokens that overlap by one (inputs and targets). Each epoch visits
-every window once, in an order given by a keyed permutation (a four-round Feistel network with cycle walking), so no
-index file is needed and a seek is free. The order over the whole job does not depend on the number of ranks.
+The token stream is cut into windows of seq_len + 1 tokens that overlap by one (inputs and targets); they cross document
+boundaries, which an end-of-text token marks. Each epoch visits every window once, in an order given by a keyed
+permutation (a four-round Feistel network with cycle walking), so no index file is needed and a seek is free. The order
+over the whole job does not depend on the number of ranks.
 
 Shape letters: B sequences of a micro-batch, S seq_len.
 """

@@ -5,12 +5,14 @@ import platform
 import shutil
 import time
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 
 from hpc.config import Facility
-from hpc.energy.ledger import power_series, stage_energy
+from hpc.energy.footprint import footprint
+from hpc.energy.ledger import StageEnergy, power_series, stage_energy
 from hpc.run.receipt import code_version, read_receipt
 from hpc.run.task import Context, Result
 from hpc.tracking.metrics import history
@@ -23,13 +25,14 @@ def run(context: Context) -> Result:
     artifact = context.directory.artifact
     artifact.mkdir(parents=True)
     page = artifact / "report.html"
+    energies = [stage_energy(context.input_directory(name).root) for name in context.task.stage.needs]
     report = RunReport(
         name=context.task.run,
         created=time.time(),
         code_version=" ".join(str(word) for word in code_version().values() if word),
         machine=describe_machine(),
         stages=[_stage_report(context, name) for name in context.task.stage.needs],
-        facility_notes=facility_notes(context.task.facility),
+        facility_notes=facility_notes(context.task.facility, energies),
     )
     write_report(report, page)
     shutil.copyfile(page, Path(context.task.run_directory) / "report.html")
@@ -50,10 +53,19 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
-def facility_notes(facility: Facility) -> list[str]:
-    """What the site states about its building, one phrase a figure; empty when it states nothing."""
+def facility_notes(facility: Facility, energies: list[StageEnergy]) -> list[str]:
+    """What the site states about its building and what follows for this run; empty when it states nothing."""
     stated = facility.model_dump(exclude={"source"}, exclude_none=True)
-    return [f"{name} = {value} ({facility.source or 'source not stated'})" for name, value in stated.items()]
+    notes = [f"{name} = {value} ({facility.source or 'source not stated'})" for name, value in stated.items()]
+    known = [energy.energy_j for energy in energies if energy.energy_j is not None]
+    if not stated or len(known) < len(energies):
+        return notes
+    node_hours = sum(energy.duration_s for energy in energies) / 3600
+    result = footprint(sum(known), node_hours, facility)
+    for name, value in asdict(result).items():
+        if value is not None:
+            notes.append(f"derived for this run: {name} = {value:.4g}")
+    return notes
 
 
 def _stage_report(context: Context, name: str) -> StageReport:

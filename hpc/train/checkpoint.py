@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import xxhash
 
@@ -139,13 +138,6 @@ class Checkpoints:
             shutil.rmtree(path, ignore_errors=True)
         for leftover in [*self.root.glob(".staging-*"), *self.root.glob(".replaced-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-
-
-def agree(value: bool) -> bool:
-    """Whether any rank says so."""
-    flag = torch.tensor([float(value)])
-    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-    return bool(flag.item())
 
 
 def _hash_file(path: Path) -> str:
