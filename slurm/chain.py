@@ -1,6 +1,5 @@
 """Run a chain on this machine: decide about each stage, start its job, watch it, and stop cleanly when asked."""
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -15,7 +14,15 @@ from hpc.errors import GreenMoEError, StageError, Stopped, error_by_exit_code
 from hpc.plan.plan import Plan, StagePlan
 from hpc.plan.show import duration, energy
 from hpc.run.attempts import attempt_ends, count_attempts, exclusive
-from hpc.run.directory import RunDirectory, StageDirectory, storage_errors, write_atomic, write_json
+from hpc.run.directory import (
+    RunDirectory,
+    StageDirectory,
+    full_disk,
+    is_full,
+    storage_errors,
+    write_atomic,
+    write_json,
+)
 from hpc.run.receipt import Receipt, read_receipt
 from hpc.run.task import TaskFile
 from slurm.live import View
@@ -35,8 +42,7 @@ def run_chain(config: RunConfig, site: Site, plan: Plan) -> RunDirectory:
     with exclusive(run.lock, f"the run directory {run.root}"):
         write_atomic(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_json(run.plan, plan.to_json())
-        estimated = not os.path.exists("/sys/cray/pm_counters") and not os.path.exists("/dev/nvidia0")
-        with View([stage.name for stage in config.ordered()], estimated) as view, _stop_requests() as stop:
+        with View([stage.name for stage in config.ordered()]) as view, _stop_requests() as stop:
             for stage in config.ordered():
                 _run_stage(run, config, site, stage, _stage_plan(plan, stage), view, stop)
     return run
@@ -120,6 +126,8 @@ def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError
         row = failed[0]
         log = f" (log: {directory.jobs}, rank {row['rank']})" if row["exit_code"] == StageError.exit_code else ""
         return error_by_exit_code(row["exit_code"], f"stage {name!r}: {row['message']}{log}")
+    if is_full(directory.root):
+        return full_disk(directory.root)
     if stopped:
         return Stopped(f"stage {name!r}: {stopped[0]['message']}; run the same command to go on")
     return StageError(

@@ -10,7 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from hpc.energy.meter import newest_power_w
+from hpc.energy.meter import Power, newest_power
 from hpc.plan.show import duration
 from hpc.run.directory import StageDirectory
 from hpc.run.task import read_progress
@@ -24,7 +24,6 @@ class View:
     """Shows the chain. Every figure comes from the run directory, so it is the same on Slurm."""
 
     names: list[str]
-    estimated_power: bool
     console: Console = field(default_factory=lambda: Console(highlight=False))
     _states: dict[str, str] = field(default_factory=dict)
     _live: Live | None = None
@@ -54,22 +53,22 @@ class View:
         progress = read_progress(directory)
         if progress.get("attempt") != attempt or progress.get("text") == "done":
             return
-        watts = newest_power_w(directory.root, attempt)
+        power = newest_power(directory.root, attempt)
         if self._live:
-            self._live.update(self._table(stage, progress, watts))
+            self._live.update(self._table(stage, progress, power))
             return
         now, text = time.monotonic(), str(progress.get("text"))
         if text != self._last_text or now - self._last_plain >= PLAIN_EVERY_S:
             self._last_plain, self._last_text = now, text
-            print(f"{stage}: {describe(progress, watts, self.estimated_power)}", flush=True)
+            print(f"{stage}: {describe(progress, power)}", flush=True)
 
-    def _table(self, running: str, progress: dict[str, Any], watts: float | None) -> Table:
+    def _table(self, running: str, progress: dict[str, Any], power: Power | None) -> Table:
         table = Table(box=None, padding=(0, 2), show_header=False)
         for name in self.names:
             if name == running:
                 total = progress.get("total")
                 bar = ProgressBar(total=total, completed=progress.get("done") or 0, width=24) if total else Text("")
-                table.add_row(Text(name, "bold"), bar, describe(progress, watts, self.estimated_power))
+                table.add_row(Text(name, "bold"), bar, describe(progress, power))
             else:
                 state = self._states.get(name, "")
                 table.add_row(
@@ -78,7 +77,7 @@ class View:
         return table
 
 
-def describe(progress: dict[str, Any], watts: float | None, estimated_power: bool) -> str:
+def describe(progress: dict[str, Any], power: Power | None) -> str:
     """One line: what, step, loss, speed, power, time left."""
     words = [str(progress.get("text", ""))]
     if progress.get("total"):
@@ -87,8 +86,8 @@ def describe(progress: dict[str, Any], watts: float | None, estimated_power: boo
         words.append(f"loss {progress['loss']:.3f}")
     if progress.get("tokens_per_s"):
         words.append(f"{progress['tokens_per_s']:,.0f} tokens/s")
-    if watts is not None:
-        words.append(f"{watts:.0f} W{' (estimated)' if estimated_power else ''}")
+    if power is not None:
+        words.append(f"{power.watts:.0f} W{' (estimated)' if power.is_estimated else ''}")
     if progress.get("seconds_left"):
         words.append(f"{duration(progress['seconds_left'])} left")
     return "  ".join(words)

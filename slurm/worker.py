@@ -7,7 +7,7 @@ set, and only by stages that need it.
 import os
 import shutil
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,15 +18,12 @@ from hpc.energy.ledger import power_series, stage_energy
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import GreenMoEError, StageError, Stopped, StorageError
 from hpc.run.attempts import exclusive, record_end, record_start
-from hpc.run.directory import StageDirectory
+from hpc.run.directory import NO_SPACE, StageDirectory, full_disk, is_full
 from hpc.run.receipt import Receipt, code_version, digest, list_files, write_receipt
 from hpc.run.task import Context, Result, StopRequest, TaskFile, asked
 from hpc.stages import stage_function
 from hpc.tracking.wandb import Mirror
 from slurm.submit import current_world
-
-NO_SPACE = "No space left on device"
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ class StageTask:
             return "stopped"
         except BaseException as error:
             told = explain_failure(error, directory.root)
-            record_end(directory, self.attempt, world.rank, "failed", told.exit_code, str(told))
+            with suppress(StorageError):  # a disk too full for this line: the launcher looks at the disk itself
+                record_end(directory, self.attempt, world.rank, "failed", told.exit_code, str(told))
             raise
         finally:
             if sampler is not None:
@@ -158,16 +156,8 @@ def explain_failure(error: BaseException, folder: Path) -> GreenMoEError:
     """The error as the user should see it: a full disk says so, whatever library met it; a crash names the log."""
     if isinstance(error, GreenMoEError):
         return error
-    if NO_SPACE in str(error) or _is_full(folder):
-        return StorageError(f"{NO_SPACE} while writing {folder}: free some space or --set run_root=DIR")
+    if NO_SPACE in str(error) or is_full(folder):
+        return full_disk(folder)
     if isinstance(error, KeyboardInterrupt):
         return Stopped("interrupted")
     return StageError(f"{type(error).__name__}: {error}".splitlines()[0])
-
-
-def _is_full(folder: Path) -> bool:
-    try:
-        status = os.statvfs(folder)
-    except OSError:
-        return False
-    return status.f_bavail * status.f_frsize < MIB // 16

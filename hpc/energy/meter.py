@@ -43,11 +43,23 @@ class EnergyMeter:
         return MeterReading(power, None if energy is None else energy + self._earlier_j)
 
 
-def newest_power_w(stage_directory: Path, attempt: int) -> float | None:
-    """Watts of all nodes of an attempt together, from their newest samples; None when there is none."""
-    watts = [row["total_power_w"] for _, row in _last_samples(stage_directory, attempt)]
-    known = [float(value) for value in watts if value is not None]
-    return sum(known) if known else None
+@dataclass(frozen=True)
+class Power:
+    """What all nodes of an attempt draw together."""
+
+    watts: float
+    is_estimated: bool
+    """Whether any part of it is an estimate."""
+
+
+def newest_power(stage_directory: Path, attempt: int) -> Power | None:
+    """Power of all nodes of an attempt, from their newest samples; None when there is none."""
+    samples = _last_samples(stage_directory, attempt)
+    watts = [float(row["total_power_w"]) for _, row in samples if row["total_power_w"] is not None]
+    if not watts:
+        return None
+    estimated = any("estimate" in name for _, row in samples for name in row["power_w"])
+    return Power(sum(watts), estimated)
 
 
 def _last_samples(stage_directory: Path, attempt: int) -> list[tuple[str, dict[str, Any]]]:

@@ -26,6 +26,9 @@ from typing import Any
 
 from hpc.errors import StorageError
 
+NO_SPACE = "No space left on device"
+"""What every library quotes from the system when a disk is full, whatever type its exception has."""
+
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
@@ -39,6 +42,20 @@ def storage_errors(path: Path) -> Iterator[None]:
 def storage_message(path: Path, error: OSError) -> str:
     """One line for an OSError: what could not be written, why, and what to change."""
     return f"cannot write {error.filename or path}: {error.strerror or error}; free some space or --set run_root=DIR"
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the file system of `folder` has less than 64 KiB left for us."""
+    try:
+        status = os.statvfs(folder)
+    except OSError:
+        return False
+    return status.f_bavail * status.f_frsize < 65536
+
+
+def full_disk(folder: Path) -> StorageError:
+    """What to tell when it is."""
+    return StorageError(f"{NO_SPACE} while writing {folder}: free some space or --set run_root=DIR")
 
 
 def write_atomic(path: Path, text: str) -> None:

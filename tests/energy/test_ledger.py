@@ -13,7 +13,7 @@ import pytest
 from hpc.config import Facility, PowerModel
 from hpc.energy.footprint import footprint
 from hpc.energy.ledger import power_series, stage_energy
-from hpc.energy.meter import EnergyMeter, newest_power_w
+from hpc.energy.meter import EnergyMeter, Power, newest_power
 from hpc.energy.sampler import start_sampler, stop_sampler
 
 MODEL = PowerModel(cpu_idle_w_per_core=1, cpu_busy_w_per_core=4, dram_w_per_gib=0.5, source="made up for a test")
@@ -52,13 +52,14 @@ def test_all_attempts_on_all_nodes_count_also_those_that_died(tmp_path: Path) ->
 
 def test_nothing_sampled_is_none_and_not_zero(tmp_path: Path) -> None:
     assert stage_energy(tmp_path).energy_j is None
-    assert newest_power_w(tmp_path, 1) is None
+    assert newest_power(tmp_path, 1) is None
 
 
 def test_the_meter_adds_what_earlier_attempts_drew(tmp_path: Path) -> None:
     write(tmp_path / "energy-a.jsonl", rows(1, [0, 10, 20], ended=False), rows(2, [0, 5], ended=False))
     reading = EnergyMeter(tmp_path, attempt=2).read()
     assert (reading.energy_j, reading.power_w_by_host) == (25, {"a": 10.0})
+    assert newest_power(tmp_path, 2) == Power(10.0, is_estimated=False)
 
 
 def test_the_sampler_outlives_a_killed_process_and_writes_its_end(tmp_path: Path) -> None:
