@@ -58,17 +58,23 @@ class Stopped(GreenMoEError):
     exit_code = 130
 
 
+KINDS: tuple[type[GreenMoEError], ...] = (
+    ConfigError,
+    DataError,
+    ArtifactError,
+    StorageError,
+    StageError,
+    BusyError,
+    Stopped,
+)
+
 EXIT_CODES: dict[int, str] = {
     0: "done",
-    **{
-        kind.exit_code: (kind.__doc__ or "").split("\n")[0]
-        for kind in (ConfigError, DataError, ArtifactError, StorageError, StageError, BusyError, Stopped)
-    },
+    **{kind.exit_code: (kind.__doc__ or "").split("\n")[0] for kind in KINDS},
 }
 """Exit code -> meaning, as `launch.py --help` prints it."""
 
 
 def error_by_exit_code(exit_code: int, message: str) -> GreenMoEError:
     """The error a worker reported through its attempt record, rebuilt in the launcher."""
-    kinds = (ConfigError, DataError, ArtifactError, StorageError, StageError, BusyError, Stopped)
-    return next((kind(message) for kind in kinds if kind.exit_code == exit_code), StageError(message))
+    return next((kind(message) for kind in KINDS if kind.exit_code == exit_code), StageError(message))
