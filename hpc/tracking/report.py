@@ -82,6 +82,7 @@ def write_report(run: RunReport, path: Path) -> None:
         cards=cards(run),
         models=list(model_rows(run)),
         token_sets=token_sets(run),
+        evaluated_tokens=evaluated_tokens(run),
         samples=samples(run),
         stages=run.stages,
         metric_rows=metric_rows,
@@ -197,6 +198,15 @@ def token_sets(run: RunReport) -> list[str]:
         for row in stage.metrics["models"].values():
             names.update(dict.fromkeys(row))
     return list(names)
+
+
+def evaluated_tokens(run: RunReport) -> str:
+    """How many held-out tokens each model was measured on, by token set."""
+    counts: dict[str, int] = {}
+    for stage in run.of_kind("evaluate"):
+        for row in stage.metrics["models"].values():
+            counts.update({name: values["tokens"] for name, values in row.items()})
+    return ", ".join(f"{count:,} tokens of {name}" for name, count in counts.items())
 
 
 def model_rows(run: RunReport) -> Iterator[dict[str, Any]]:

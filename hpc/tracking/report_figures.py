@@ -13,7 +13,7 @@ COLOURS = {
 SERIES = ["#0f766e", "#b45309", "#7c5cbf", "#be3a5a", "#2563a8", "#5b7f2b", "#6b7f94"]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 
-BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 148, 62, 40, 18, 8
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 140, 62, 36, 18, 8
 
 
 def chain_svg(stages: Sequence[Any], labels: dict[str, str]) -> str:
@@ -50,8 +50,9 @@ def _edge(source: tuple[float, float], target: tuple[float, float]) -> str:
     x1, y1 = source[0] + BOX_WIDTH, source[1] + BOX_HEIGHT / 2
     x2, y2 = target[0], target[1] + BOX_HEIGHT / 2
     bend = max(24.0, (x2 - x1) / 2)
+    colour = "#c3cad3" if x2 - x1 <= GAP_X else "#e3e8ee"  # paler behind the stages it passes
     curve = f"M{x1} {y1} C{x1 + bend} {y1} {x2 - bend} {y2} {x2} {y2}"
-    return f'<path d="{curve}" fill="none" stroke="#c3cad3" stroke-width="1.4"/>'
+    return f'<path d="{curve}" fill="none" stroke="{colour}" stroke-width="1.4"/>'
 
 
 def _box(corner: tuple[float, float], name: str, kind: str, label: str) -> str:

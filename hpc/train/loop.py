@@ -125,7 +125,12 @@ class _Loop:
             if stop and done < settings.steps:
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
         final = self._evaluate(None)
-        self._log(settings.steps, {"loss": self.loss, "heldout_loss": final, "grad_norm": self.engine.gradient_norm})
+        last = {
+            "loss": self.loss,
+            "heldout_loss": self._evaluate(settings.evaluate_tokens),
+            "final_heldout_loss": final,
+        }
+        self._log(settings.steps, {**last, **self.routing})
         seconds = sorted(self.step_seconds)
         return Trained(
             engine=self.engine,
