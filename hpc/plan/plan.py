@@ -254,13 +254,14 @@ def _work(config: RunConfig, stage: Stage, facts: Facts | None) -> tuple[Quantit
             () if text is None else (f"about {tokens / (text / BYTES_PER_TOKEN):.2f} epochs of its text (estimated)",)
         )
         return Quantity(tokens * per_token, "FLOP", "derived: tokens x FLOPs per token"), tokens, notes
-    if isinstance(stage, Evaluate) and stage.tokens is not None:
-        models = len(config.needed(stage, ["model", "quantized"]))
-        tokens = stage.tokens * models * len(config.needed(stage, ["tokens"]))
-        flops = tokens * forward_flops_per_token(*shape, facts.seq_len)
-        return Quantity(flops, "FLOP", "derived: forward passes"), tokens, ()
     if isinstance(stage, Evaluate):
-        return Quantity(None, "FLOP", "unknown: all held-out tokens, counted when they are there"), None, ()
+        held_out = [_held_out_tokens(source, stage.tokens) for source in config.needed(stage, ["tokens"])]
+        known = [tokens for tokens in held_out if tokens is not None]
+        if len(known) < len(held_out):
+            return Quantity(None, "FLOP", "unknown: the held-out text is not here"), None, ()
+        tokens = sum(known) * len(config.needed(stage, ["model", "quantized"]))
+        flops = tokens * forward_flops_per_token(*shape, facts.seq_len)
+        return Quantity(flops, "FLOP", "estimated: forward passes over text at 4.4 bytes a token"), tokens, ()
     return Quantity(0.0, "FLOP", "derived: none to speak of"), None, ()
 
 
@@ -299,6 +300,16 @@ def _energy(machine: Machine, seconds: Quantity, nodes: int, ranks_per_node: int
     return Quantity(seconds.value * watts * nodes, "J", f"estimated: {power.source}")
 
 
+def _held_out_tokens(stage: Stage, limit: int | None) -> int | None:
+    """Held-out tokens of a prepare stage, at most `limit`; None when its text is not here."""
+    assert isinstance(stage, Prepare)
+    text = _text_bytes(stage)
+    if text is None:
+        return limit
+    tokens = round(text * stage.held_out_fraction / BYTES_PER_TOKEN)
+    return tokens if limit is None else min(limit, tokens)
+
+
 def _text_bytes(stage: Stage) -> int | None:
     """Size of a prepare stage's text where that can be seen without reading it."""
     assert isinstance(stage, Prepare)
@@ -306,7 +317,10 @@ def _text_bytes(stage: Stage) -> int | None:
     for source in stage.sources:
         folder = ""
         if source.module:
-            return None
+            module = find_spec(source.module.split(":")[0])
+            if module is None or module.origin is None or not Path(module.origin).is_file():
+                return None
+            total += Path(module.origin).stat().st_size
         if source.package:
             spec = find_spec(source.package)
             if spec is None or not spec.submodule_search_locations:

@@ -53,7 +53,7 @@ def edited(path: Path, before: str, after: str) -> Path:
 
 def test_scientific_notation_is_a_number(config: Path) -> None:
     loaded = load_config(config)
-    assert loaded.stage("pretrain").train.optimizer.lr == 3e-4  # type: ignore[union-attr]
+    assert loaded.stage("pretrain").train.optimizer.lr == 3e-4
 
 
 def test_an_unknown_key_is_refused_with_file_line_key_and_the_nearest_right_one(config: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_file_extends_others_and_lists_of_stages_merge_by_name(config: Path) -
     loaded = load_config(Path("longer.yaml"))
     assert loaded.name == "longer"
     assert [stage.name for stage in loaded.stages] == ["text", "pretrain"]
-    assert loaded.stage("pretrain").train.steps == 99  # type: ignore[union-attr]
+    assert loaded.stage("pretrain").train.steps == 99
 
 
 def test_an_error_in_an_extended_file_names_that_file(config: Path) -> None:
@@ -170,12 +170,12 @@ def test_extending_in_a_circle_is_refused(config: Path) -> None:
 
 def test_overrides_reach_stages_by_name(config: Path) -> None:
     loaded = load_config(config, ["stages.pretrain.train.steps=7", "seed=3"])
-    assert (loaded.stage("pretrain").train.steps, loaded.seed) == (7, 3)  # type: ignore[union-attr]
+    assert (loaded.stage("pretrain").train.steps, loaded.seed) == (7, 3)
 
 
 def test_an_override_of_one_stage_leaves_others_that_share_its_anchor(root: Path) -> None:
     loaded = load_config(root / "configs/quickstart.yaml", ["stages.lora-modern.train.steps=7"])
-    assert loaded.stage("lora-python").train.steps != 7  # type: ignore[union-attr]
+    assert loaded.stage("lora-python").train.steps != 7
 
 
 @pytest.mark.parametrize(
@@ -194,7 +194,7 @@ def test_wrong_overrides_name_the_override(config: Path, override: str, expected
 
 def test_configurations_are_frozen(config: Path) -> None:
     with pytest.raises(Exception, match="frozen"):
-        load_config(config).name = "other"  # type: ignore[misc]
+        load_config(config).name = "other"
 
 
 def test_every_shipped_configuration_loads_and_names_its_schema(root: Path) -> None:

@@ -91,7 +91,7 @@ def test_a_permission_denied_is_said_and_the_estimate_takes_over(
     def denied(path: Path, *arguments: object, **options: object) -> str:
         if path.name == "energy_uj":
             raise PermissionError(13, "Permission denied", str(path))
-        return read_text(path, *arguments, **options)  # type: ignore[arg-type]
+        return read_text(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", denied)
     found = discover(MODEL, tmp_path)
@@ -127,7 +127,7 @@ def test_pm_counters_that_change_while_they_are_read_are_read_again(
             number = next(freshness)
             cray(tmp_path, 1100 if number == "2" else 1200, freshness=int(number))
             return number
-        return read_text(path, *arguments, **options)  # type: ignore[arg-type]
+        return read_text(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "read_text", torn)
     assert counter.read().energy_j == 200

@@ -27,7 +27,7 @@ def test_parameters_are_those_that_transformers_builds(architecture: str, kv_hea
     from hpc.model.build import model_config
 
     model = Model(
-        architecture=architecture,  # type: ignore[arg-type]
+        architecture=architecture,
         hidden_size=96, num_layers=3, num_attention_heads=4, num_key_value_heads=kv_heads, expert_size=80,
     )  # fmt: skip
     router = Router(num_experts=6, top_k=2)
@@ -59,8 +59,8 @@ def test_adapter_parameters_are_those_that_peft_adds(root: Path) -> None:
     stage = load_config(root / "configs/quickstart.yaml").stage("lora-modern")
     model, router = Model(hidden_size=64, num_layers=2, num_attention_heads=2, expert_size=32), Router(num_experts=4)
     built = build_model(model_config(model, router, 300, 32, 0), seed=0)
-    adapted = attach(built, stage.train, seed=0)  # type: ignore[union-attr,arg-type]
-    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)  # type: ignore[union-attr,arg-type]
+    adapted = attach(built, stage.train, seed=0)
+    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from hpc.train.engine import deepspeed_config
 
 
 def test_expert_parallelism_is_asked_for_by_the_key_that_deepspeed_reads(root: Path) -> None:
-    settings = load_config(root / "configs/quickstart.yaml").stage("pretrain").train  # type: ignore[union-attr]
+    settings = load_config(root / "configs/quickstart.yaml").stage("pretrain").train
     config = deepspeed_config(settings, "fp32")
     assert config["expert_parallel"]["autoep_size"] == 2
     assert config["zero_optimization"]["stage"] == 1
@@ -21,7 +21,7 @@ def test_expert_parallelism_is_asked_for_by_the_key_that_deepspeed_reads(root: P
 
 def test_an_experts_overlay_wins_over_our_keys(root: Path) -> None:
     overlay = "stages.pretrain.train.deepspeed={gradient_clipping: 7.0}"
-    settings = load_config(root / "configs/quickstart.yaml", [overlay]).stage("pretrain").train  # type: ignore[union-attr]
+    settings = load_config(root / "configs/quickstart.yaml", [overlay]).stage("pretrain").train
     assert deepspeed_config(settings, "fp32")["gradient_clipping"] == 7.0
 
 
