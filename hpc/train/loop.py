@@ -115,7 +115,7 @@ class _Loop:
             self.step_seconds.append(time.monotonic() - began)
             done = step + 1
             row = {"loss": self.loss, "lr": rate, "grad_norm": self.engine.gradient_norm, **self.routing}
-            if done % settings.evaluate_every_steps == 0 and done < settings.steps:
+            if done % settings.evaluate_every_steps == 0 or done == settings.steps:
                 row["heldout_loss"] = self._evaluate(settings.evaluate_tokens)
             self._log(done, row)
             due = done % settings.checkpoint_every_steps == 0 or done == settings.steps
@@ -124,21 +124,14 @@ class _Loop:
                 saved = done
             if stop and done < settings.steps:
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
-        final = self._evaluate(None)
-        last = {
-            "loss": self.loss,
-            "heldout_loss": self._evaluate(settings.evaluate_tokens),
-            "final_heldout_loss": final,
-        }
-        self._log(settings.steps, {**last, **self.routing})
         seconds = sorted(self.step_seconds)
         return Trained(
             engine=self.engine,
             held_out_loss_before=self._held_out_loss_before(),
-            held_out_loss=final,
+            held_out_loss=self._evaluate(None),
             last_loss=self.loss,
             tokens_per_s=settings.batches.tokens_per_step / seconds[len(seconds) // 2] if seconds else None,
-            replayed_steps=max(0, replayed_steps(self.context.directory.metrics) - 1),  # the last step has two rows
+            replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
         )
 
