@@ -76,6 +76,10 @@ def _run_stage(
     view.say(stage.name, f"{decision.action}: {decision.reason}" if decision.action != "run" else "started")
     job = submit_local(StageTask(str(directory.root), attempt), directory, ranks, site.machine)
     _watch(job, stage.name, directory, attempt, view, stop)
+    if len(stop) > 1 and not directory.receipt.exists():
+        raise Stopped(
+            f"stage {stage.name!r}: killed on request; run the same command to go on from the last checkpoint"
+        )
     _conclude(stage, directory, attempt, view)
 
 

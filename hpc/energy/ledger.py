@@ -35,11 +35,6 @@ class StageEnergy:
     attempts: list[AttemptEnergy]
     by_counter: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def mean_power_w(self) -> float | None:
-        """Energy over sampled time, per node."""
-        return self.energy_j / self.duration_s if self.energy_j is not None and self.duration_s > 0 else None
-
 
 def stage_energy(stage_directory: Path) -> StageEnergy:
     """Add up what the samplers of a stage wrote."""

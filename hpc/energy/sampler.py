@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 
 from hpc.energy.counters import Counter, discover
+from hpc.run.directory import ends_torn
 
 START_TIMEOUT_S = 5.0
 
@@ -112,7 +113,10 @@ def main() -> None:
     watched = _process(options.watch_pid)
     found = discover(Coefficients.from_json(options.power_model) if options.power_model else None, options.root)
     host = socket.gethostname()
-    with (options.out / f"energy-{host}.jsonl").open("a", encoding="utf-8", buffering=1) as file:
+    path = options.out / f"energy-{host}.jsonl"
+    with path.open("a", encoding="utf-8", buffering=1) as file:
+        if ends_torn(path):
+            file.write("\n")
 
         def write(row: dict[str, Any]) -> None:
             file.write(json.dumps(row) + "\n")

@@ -79,9 +79,19 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def append_jsonl(path: Path, row: dict[str, Any]) -> None:
-    """Append one line in one write. Raises StorageError."""
-    with storage_errors(path), path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    """Append one line in one write, on a line of its own whatever a killed writer left. Raises StorageError."""
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    with storage_errors(path), path.open("ab") as file:
+        file.write(b"\n" + line if ends_torn(path) else line)
+
+
+def ends_torn(path: Path) -> bool:
+    """Whether the last line of a file has no end, because its writer was killed."""
+    with path.open("rb") as file:
+        if file.seek(0, os.SEEK_END) == 0:
+            return False
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) != b"\n"
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import pytest
 
 from hpc.errors import ArtifactError, BusyError, StorageError
 from hpc.run.attempts import attempt_ends, count_attempts, exclusive, record_end, record_start
-from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl, write_json
+from hpc.run.directory import RunDirectory, StageDirectory, append_jsonl, read_jsonl, write_json
 from hpc.run.receipt import Receipt, list_files, read_receipt, verify, write_receipt
 from slurm.state import describe_change
 
@@ -77,6 +77,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_leftovers(tmp_path: Path) -> 
 def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"a": 1}\n{"a": 2')
     assert read_jsonl(tmp_path / "rows.jsonl") == [{"a": 1}]
+
+
+def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"a": 2')
+    append_jsonl(path, {"a": 3})
+    append_jsonl(path, {"a": 4})
+    assert read_jsonl(path) == [{"a": 1}, {"a": 3}, {"a": 4}]
 
 
 def test_attempts_are_counted_and_their_ends_kept(stage: StageDirectory) -> None:
