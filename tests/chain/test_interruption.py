@@ -139,3 +139,19 @@ def test_a_second_launch_beside_a_running_one_is_refused(small: Path, launch: La
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
+
+
+def test_ctrl_c_in_a_stage_without_checkpoints_ends_it_at_once_and_leaves_nothing_half_done(
+    small: Path, launch: Launch
+) -> None:
+    text = small.parent / "small/stages/text"
+    process = start(small)
+    deadline = time.monotonic() + 60
+    while not (text / "artifact").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert "it starts again with the next run" in errors
+    assert not (text / "receipt.json").exists()
+    assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
