@@ -19,6 +19,13 @@ SET = click.option(
     help="Override a key, e.g. stages.pretrain.train.steps=50.",
 )
 SITE = click.option("--site", default="local", show_default=True, help="A site of configs/sites, or a YAML file.")
+SITE_SET = click.option(
+    "--site-set",
+    "site_overrides",
+    multiple=True,
+    metavar="A.B=VALUE",
+    help="Override a key of the site, e.g. slurm.account=ab12.",
+)
 
 
 class Verbs(click.Group):
@@ -76,6 +83,29 @@ def run(config: Path, site: str, overrides: tuple[str, ...]) -> None:
 
 @main.command()
 @CONFIG
+@click.option("--site", required=True, help="A site of configs/sites, or a YAML file of your own.")
+@SITE_SET
+@SET
+@click.option("--dry-run", is_flag=True, help="Print the sbatch text of every job and submit nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask, whatever it may cost.")
+def submit(
+    config: Path, site: str, site_overrides: tuple[str, ...], overrides: tuple[str, ...], dry_run: bool, yes: bool
+) -> None:
+    """Submit a chain to Slurm: one job per stage, arrays for matrices, dependencies between them.
+
+    Nothing has to stay alive here. Submitting again is harmless: stages that are done or on their way are left alone.
+    """
+    from slurm import batch
+
+    loaded, place, planned = _load(config, site, overrides, site_overrides)
+    if dry_run:
+        click.echo(batch.dry_run(loaded, place, planned))
+        return
+    _submitted(batch.submit_chain(loaded, place, planned, confirm=None if yes else _confirm))
+
+
+@main.command()
+@CONFIG
 @SITE
 @SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
@@ -121,14 +151,35 @@ def startup(repeats: int) -> None:
     click.echo(measure(repeats))
 
 
-def _load(config: Path, site: str, overrides: tuple[str, ...]) -> tuple[Any, Any, Any]:
+def _confirm(question: str) -> bool:
+    from hpc.errors import ConfigError
+
+    if not sys.stdin.isatty():
+        raise ConfigError(f"{question} Add --yes to submit it from a script")
+    return click.confirm(f"{question}\nSubmit?")
+
+
+def _submitted(result: Any) -> None:
+    for name, job in result.new.items():
+        click.echo(f"{name}: submitted as job {job}")
+    for name, job in result.alive.items():
+        click.echo(f"{name}: on its way already as job {job}")
+    if result.done:
+        click.echo(f"done already: {', '.join(result.done)}")
+    click.echo(f"run directory: {result.run.root}")
+    click.echo(f"next: python launch.py watch {result.run.root}")
+
+
+def _load(
+    config: Path, site: str, overrides: tuple[str, ...], site_overrides: tuple[str, ...] = ()
+) -> tuple[Any, Any, Any]:
     """Configuration, site and plan, checked against each other."""
     from hpc.config.load import load_config
     from hpc.plan.plan import plan as make_plan
     from slurm.site import load_site
 
     loaded = load_config(config, overrides)
-    place = load_site(site)
+    place = load_site(site, site_overrides)
     return loaded, place, make_plan(loaded, place.machine)
 
 

@@ -52,6 +52,24 @@ class BusyError(GreenMoEError):
     exit_code = 7
 
 
+class SiteError(GreenMoEError):
+    """Slurm refused, or did not answer, or the site lacks what the chain needs."""
+
+    exit_code = 8
+
+
+class GateMissed(GreenMoEError):
+    """A stage's gate was missed: what depends on it does not run."""
+
+    exit_code = 9
+
+
+class Fenced(GreenMoEError):
+    """A newer attempt of the same stage has taken over; this one ends without a trace in the results."""
+
+    exit_code = 10
+
+
 class Stopped(GreenMoEError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and did so cleanly; the next `run` resumes."""
 
@@ -65,6 +83,9 @@ KINDS: tuple[type[GreenMoEError], ...] = (
     StorageError,
     StageError,
     BusyError,
+    SiteError,
+    GateMissed,
+    Fenced,
     Stopped,
 )
 

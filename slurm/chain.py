@@ -2,6 +2,7 @@
 
 import signal
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from hpc.config import RunConfig, Stage
-from hpc.errors import GreenMoEError, StageError, Stopped, error_by_exit_code
+from hpc.errors import GateMissed, GreenMoEError, StageError, Stopped, error_by_exit_code
 from hpc.plan.plan import Plan, StagePlan
 from hpc.plan.show import duration, energy
 from hpc.run.attempts import attempt_ends, count_attempts, exclusive
@@ -27,7 +28,7 @@ from hpc.run.receipt import Receipt, read_receipt
 from hpc.run.task import TaskFile
 from slurm.live import View
 from slurm.site import Site
-from slurm.state import Decision, decide, input_digests
+from slurm.state import Decision, decide, input_digests, missed_gate
 from slurm.submit import LocalStage, submit_local
 from slurm.worker import StageTask
 
@@ -37,14 +38,27 @@ GRACE_S = 10.0
 
 
 def run_chain(config: RunConfig, site: Site, plan: Plan) -> RunDirectory:
-    """Run every stage whose receipt is not valid. Raises the GreenMoEError of the stage that failed, or Stopped."""
+    """Run every stage whose receipt is not valid. Raises the GreenMoEError of the stage that failed, or Stopped.
+
+    A missed gate holds up what depends on it; the rest runs, then GateMissed is raised.
+    """
+    missed: dict[str, str] = {}
     run = RunDirectory.create(Path(config.run_root), config.name)
     with exclusive(run.lock, f"the run directory {run.root}"):
         write_atomic(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_json(run.plan, plan.to_json())
         with View([stage.name for stage in config.ordered()]) as view, _stop_requests() as stop:
             for stage in config.ordered():
-                _run_stage(run, config, site, stage, _stage_plan(plan, stage), view, stop)
+                held_up = [need for need in stage.needs if need in missed]
+                reason = f"it needs {held_up[0]}" if held_up else missed_gate(run, stage)
+                if reason:
+                    missed[stage.name] = reason
+                    view.say(stage.name, f"not run: {reason}")
+                    continue
+                _run_stage(run, config, site, stage, stage_plan(plan, stage), view, stop)
+    if missed:
+        name = next(iter(missed))
+        raise GateMissed(f"stage {name!r} was not run: {missed[name]}; what does not depend on it is done")
     return run
 
 
@@ -59,7 +73,21 @@ def _run_stage(
         raise Stopped("stopped between stages; run the same command to go on")
     directory = _make_ready(run, stage, decision)
     ranks = planned.nodes * planned.ranks_per_node
-    TaskFile(
+    task_file(run, config, site, stage, planned).write(directory.task)
+    attempt = count_attempts(directory) + 1
+    view.say(stage.name, f"{decision.action}: {decision.reason}" if decision.action != "run" else "started")
+    job = submit_local(StageTask(str(directory.root), uuid.uuid4().hex), directory, ranks, site.machine)
+    _watch(job, stage.name, directory, attempt, view, stop)
+    if len(stop) > 1 and not directory.receipt.exists():
+        raise Stopped(
+            f"stage {stage.name!r}: killed on request; run the same command to go on from the last checkpoint"
+        )
+    _conclude(stage, directory, attempt, view)
+
+
+def task_file(run: RunDirectory, config: RunConfig, site: Site, stage: Stage, planned: StagePlan) -> TaskFile:
+    """What a worker has to know about a stage."""
+    return TaskFile(
         run=config.name,
         run_directory=str(run.root),
         stage=stage,
@@ -69,18 +97,11 @@ def _run_stage(
         tracking=config.tracking,
         machine=site.machine,
         facility=site.facility,
-        ranks=ranks,
+        ranks=planned.nodes * planned.ranks_per_node,
         nodes=planned.nodes,
-    ).write(directory.task)
-    attempt = count_attempts(directory) + 1
-    view.say(stage.name, f"{decision.action}: {decision.reason}" if decision.action != "run" else "started")
-    job = submit_local(StageTask(str(directory.root), attempt), directory, ranks, site.machine)
-    _watch(job, stage.name, directory, attempt, view, stop)
-    if len(stop) > 1 and not directory.receipt.exists():
-        raise Stopped(
-            f"stage {stage.name!r}: killed on request; run the same command to go on from the last checkpoint"
-        )
-    _conclude(stage, directory, attempt, view)
+        retries=config.retries,
+        network_interface=site.network_interface,
+    )
 
 
 def _make_ready(run: RunDirectory, stage: Stage, decision: Decision) -> StageDirectory:
@@ -161,7 +182,8 @@ def _result(receipt: Receipt | None) -> str:
     return ", ".join(words)
 
 
-def _stage_plan(plan: Plan, stage: Stage) -> StagePlan:
+def stage_plan(plan: Plan, stage: Stage) -> StagePlan:
+    """The plan of one stage."""
     return next(planned for planned in plan.stages if planned.name == stage.name)
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hpc.config import RunConfig, Stage
+from hpc.config.gate import Gate
 from hpc.run.directory import RunDirectory
 from hpc.run.receipt import Receipt, read_receipt, verify
 from hpc.run.task import TaskFile, asked
@@ -43,6 +44,13 @@ def input_digests(run: RunDirectory, stage: Stage) -> dict[str, str]:
     """Digest of every artifact a stage reads; '' for one that is not there yet."""
     receipts: dict[str, Receipt | None] = {name: read_receipt(run.stage(name)) for name in stage.needs}
     return {name: receipt.digest if receipt else "" for name, receipt in receipts.items()}
+
+
+def missed_gate(run: RunDirectory, stage: Stage) -> str | None:
+    """Why a stage must not run although its needs are done; None when its gates hold."""
+    receipts = {name: read_receipt(run.stage(name)) for name in stage.needs}
+    metrics = {name: receipt.metrics for name, receipt in receipts.items() if receipt}
+    return next((reason for gate in stage.gate if (reason := Gate.parse(gate).missed(metrics))), None)
 
 
 def describe_change(

@@ -1,24 +1,42 @@
-"""The door to submitit: one job per stage. Here the local executor; the same task goes to Slurm."""
+"""The door to submitit: one job per stage, on this machine or on Slurm; the same task runs in both."""
 
 import glob
 import os
 import signal
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import psutil
-from submitit import JobEnvironment, LocalExecutor
+from submitit import JobEnvironment, LocalExecutor, SlurmExecutor
+from submitit.core.utils import FailedJobError
 from submitit.local.local import LocalJob
 
 from hpc.config import Machine
-from hpc.errors import ConfigError
-from hpc.run.directory import StageDirectory, storage_errors
+from hpc.errors import ConfigError, SiteError
+from hpc.run.attempts import Job
+from hpc.run.directory import RunDirectory, StageDirectory, storage_errors
 from hpc.run.task import World
+from slurm.commands import told
+from slurm.jobs import JobSpec, python, setup_lines, teardown_lines
+from slurm.site import Site
 
 LONG_MINUTES = 60 * 24 * 30
 """submitit's local executor stops a job after two minutes unless told otherwise."""
+
+
+RANK_ENVIRONMENT = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "MALLOC_MMAP_MAX_": "0",  # with the next one: keep pages, faults on fresh gradients are slow
+    "MALLOC_TRIM_THRESHOLD_": str(2**37),
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONHASHSEED": "0",
+}
+"""What every rank runs with, wherever it runs."""
 
 
 @dataclass(frozen=True)
@@ -69,25 +87,35 @@ def submit_local(task: Callable[[], str], directory: StageDirectory, ranks: int,
     return LocalStage(job)
 
 
-def current_world() -> World:
-    """Ranks of this process, from the scheduler's environment, exported in the names that torch and DeepSpeed read."""
-    job = JobEnvironment()
+def current_world(token: str) -> tuple[World, Job]:
+    """Ranks and job of this process, from submitit's environment, exported in the names that torch and DeepSpeed read.
+
+    `Job.job` is empty on one machine. What a killed attempt left half written in submitit's folder is removed.
+    """
+    environment = JobEnvironment()
+    environment.paths.result_pickle.with_suffix(".pkl.save_tmp").unlink(missing_ok=True)
+    on_slurm = environment.cluster == "slurm"
+    node = os.environ.get("SLURMD_NODENAME", "") if on_slurm else ""
     world = World(
-        rank=job.global_rank,
-        size=job.num_tasks,
-        local_rank=job.local_rank,
-        local_size=job.num_tasks // job.num_nodes,
+        rank=environment.global_rank,
+        size=environment.num_tasks,
+        local_rank=environment.local_rank,
+        local_size=environment.num_tasks // environment.num_nodes,
+        node=node or socket.gethostname(),
     )
     os.environ.update(
         RANK=str(world.rank),
         WORLD_SIZE=str(world.size),
         LOCAL_RANK=str(world.local_rank),
         LOCAL_WORLD_SIZE=str(world.local_size),
-        CROSS_RANK=str(job.node),
-        CROSS_SIZE=str(job.num_nodes),
+        CROSS_RANK=str(environment.node),
+        CROSS_SIZE=str(environment.num_nodes),
         LOCAL_SIZE=str(world.local_size),
     )
-    return world
+    if not on_slurm:
+        return world, Job(token)
+    restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    return world, Job(token, os.environ["SLURM_JOB_ID"], restart, tuple(environment.hostnames))
 
 
 def count_accelerators() -> int:
@@ -99,19 +127,11 @@ def count_accelerators() -> int:
 
 @contextmanager
 def _environment(directory: StageDirectory) -> Iterator[None]:
-    """The environment of the ranks. The allocator settings keep pages: faults on fresh gradients are slow."""
+    """The environment of the ranks while they are started."""
     values = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "GLOO_SOCKET_IFNAME": "lo",
+        **RANK_ENVIRONMENT,
         "OMP_NUM_THREADS": "1",
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": str(2**37),
-        "TOKENIZERS_PARALLELISM": "false",
         "TORCH_EXTENSIONS_DIR": str(directory.jobs / "torch_extensions"),
-        "HF_HUB_OFFLINE": "1",
-        "PYTHONHASHSEED": "0",
     }
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
@@ -138,7 +158,76 @@ def _terminal_signals_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+class _Executor(SlurmExecutor):  # type: ignore[misc]
+    """Writes job scripts on machines without Slurm too (dry run); submitting there fails with sbatch's absence."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        """As if srun were here."""
+        return 2
+
+
+def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> SlurmExecutor:
+    """submitit's executor for one job or array."""
+    assert site.slurm is not None
+    scheduler = site.slurm
+    executor = _Executor(folder=run.jobs, python=python(site))
+    options: dict[str, Any] = {
+        "kill-on-invalid-dep": "yes",
+        "requeue": True,
+        "chdir": str(code),
+        **scheduler.options,
+    }
+    if spec.memory_per_node is not None:
+        options["mem"] = spec.memory_per_node
+    gpus = scheduler.gpus_per_node
+    if gpus and scheduler.gpu_request == "gres":
+        options["gres"] = f"gpu:{gpus}"
+    values: dict[str, Any] = {
+        "job_name": spec.name,
+        "partition": spec.partition,
+        "qos": spec.qos,
+        "account": scheduler.account,
+        "constraint": scheduler.constraint,
+        "time": spec.time_limit_min,
+        "nodes": spec.nodes,
+        "ntasks_per_node": spec.tasks_per_node,
+        "cpus_per_task": spec.cpus_per_task,
+        "gpus_per_node": gpus if scheduler.gpu_request == "gpus-per-node" else None,
+        "exclusive": True if scheduler.exclusive else None,
+        "exclude": ",".join(spec.exclude) or None,
+        "dependency": spec.dependency,
+        "comment": spec.comment or None,
+        "wckey": None,  # refused by sites that check them
+        "array_parallelism": scheduler.array_parallelism,
+        "signal_delay_s": scheduler.signal_before_end_s,
+        "setup": setup_lines(site, code, RANK_ENVIRONMENT, spec.cpus_per_task),
+        "teardown": teardown_lines(site, run, spec.stages),
+        "srun_args": ["--kill-on-bad-exit=1", *scheduler.srun_options],
+        "additional_parameters": options,
+    }
+    executor.update_parameters(**values)
+    return executor
+
+
+def script_text(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> str:
+    """The very text that sbatch is given."""
+    executor = slurm_executor(spec, site, run, code)
+    if len(spec.stages) > 1:
+        executor.parameters["map_count"] = len(spec.stages)
+    text: str = executor._make_submission_file_text(executor._submitit_command_str, "")
+    return text
+
+
+def submit_slurm(
+    spec: JobSpec, site: Site, run: RunDirectory, code: Path, tasks: Sequence[Callable[[], Any]]
+) -> list[str]:
+    """Submit one task for each stage of a job; returns the ids, in order. Raises SiteError in sbatch's words."""
+    with storage_errors(run.jobs):
+        run.jobs.mkdir(parents=True, exist_ok=True)
+    executor = slurm_executor(spec, site, run, code)
+    try:
+        jobs = executor.submit_array(list(tasks)) if len(tasks) > 1 else [executor.submit(tasks[0])]
+    except FailedJobError as error:
+        raise SiteError(f"sbatch refused {spec.name!r}: {told(str(error))}") from None
+    return [str(job.job_id) for job in jobs]

@@ -7,7 +7,7 @@ set, and only by stages that need it.
 import os
 import shutil
 import time
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +16,30 @@ from typing import Any
 
 from hpc.energy.ledger import power_series, stage_energy
 from hpc.energy.sampler import start_sampler, stop_sampler
-from hpc.errors import GreenMoEError, StageError, Stopped, StorageError
-from hpc.run.attempts import exclusive, record_end, record_start
-from hpc.run.directory import NO_SPACE, StageDirectory, full_disk, is_full
-from hpc.run.receipt import Receipt, code_version, digest, list_files, write_receipt
-from hpc.run.task import Context, Result, StopRequest, TaskFile, asked
+from hpc.errors import Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
+from hpc.run.attempts import (
+    Attempt,
+    Fence,
+    Job,
+    Outcome,
+    count_attempts,
+    exclusive,
+    failing_nodes,
+    record_end,
+    record_start,
+    wait_for_start,
+)
+from hpc.run.directory import NO_SPACE, RunDirectory, StageDirectory, append_jsonl, full_disk, is_full, read_jsonl
+from hpc.run.receipt import Receipt, code_version, digest, list_files, read_receipt, verify, write_receipt
+from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked
 from hpc.stages import stage_function
 from hpc.tracking.wandb import Mirror
+from slurm import commands
+from slurm.network import free_port, own_address
+from slurm.state import input_digests, missed_gate
 from slurm.submit import current_world
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory")
 
 
 @dataclass(frozen=True)
@@ -31,36 +47,67 @@ class StageTask:
     """What a job runs: one attempt of one stage. Picklable; everything else is in task.json."""
 
     directory: str
-    attempt: int
+    token: str
+    """Of the submission; all its attempts share it."""
 
     def __call__(self) -> str:
         """Run the attempt on this rank; returns 'done' or 'stopped'. Raises what the stage raised."""
         stop = StopRequest()
         os.umask(0o077)
         directory = StageDirectory(Path(self.directory))
-        world = current_world()
+        world, job = current_world(self.token)
+        stop.listen()
+        task = TaskFile.read(directory.task)
+        attempt: Attempt | None = None
         sampler = None
         try:
-            stop.listen()
-            context = Context(TaskFile.read(directory.task), directory, world, self.attempt, stop)
-            with exclusive(directory.lock, f"stage {context.task.stage.name!r}") if world.is_first else nullcontext():
-                if world.is_first:
-                    record_start(directory, self.attempt, world.size)
+            attempt = self._begin(directory, task, world, job)
+            with _alone(directory, task, world, job):
+                task = with_inputs(directory, task, world)
+                fence = Fence(directory, attempt.number) if job.job else None
+                context = Context(task, directory, world, attempt.number, stop, fence)
+                if is_done(context):
+                    record_end(directory, attempt.number, world.rank, "done", node=world.node)
+                    return "done"
+                check_gates(context)
+                if world.is_first and job.job:
+                    stop.deadline = commands.end_time(job.job)
                 if world.local_rank == 0:
-                    power_model = context.task.machine.power.model_dump_json()
-                    sampler = start_sampler(directory.root, os.getpid(), self.attempt, power_model)
+                    power_model = task.machine.power.model_dump_json()
+                    sampler = start_sampler(directory.root, world.node, os.getpid(), attempt.number, power_model)
                 return self._run(context, sampler)
-        except Stopped as stopped:
-            record_end(directory, self.attempt, world.rank, "stopped", stopped.exit_code, str(stopped))
-            return "stopped"
         except BaseException as error:
-            told = explain_failure(error, directory.root)
+            told, is_crash = explain_failure(error, directory.root)
+            if stop.requested and not isinstance(told, Fenced):
+                told, is_crash = told if isinstance(told, Stopped) else Stopped("stopped on request"), False
+            outcome: Outcome = "stopped" if isinstance(told, Stopped) else "failed"
             with suppress(StorageError):  # a disk too full for this line: the launcher looks at the disk itself
-                record_end(directory, self.attempt, world.rank, "failed", told.exit_code, str(told))
+                number = attempt.number if attempt else max(1, count_attempts(directory))
+                record_end(
+                    directory, number, world.rank, outcome, told.exit_code, str(told),
+                    is_crash=is_crash, node=world.node,
+                )  # fmt: skip
+            if outcome == "stopped":
+                return "stopped"
             raise
         finally:
             if sampler is not None:
                 stop_sampler(sampler)
+
+    def _begin(self, directory: StageDirectory, task: TaskFile, world: World, job: Job) -> Attempt:
+        """Announce the attempt, or hear of it, and set the environment of the process group."""
+        address, interface = own_address(task.network_interface, is_alone=task.nodes == 1)
+        if world.is_first:
+            note_lost_nodes(directory)
+            attempt = record_start(directory, job, world.size, address, free_port(address))
+            shun_failing_nodes(directory, job)
+        else:
+            attempt = wait_for_start(directory, job)
+        os.environ.update(MASTER_ADDR=attempt.address, MASTER_PORT=str(attempt.port))
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if task.network_interface:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", task.network_interface)
+        return attempt
 
     def _run(self, context: Context, sampler: "Popen[bytes] | None") -> str:
         began = time.monotonic()
@@ -76,13 +123,16 @@ class StageTask:
         except BaseException:
             mirror.finish(exit_code=1)
             raise
+        world = context.world
+        record_end(context.directory, context.attempt, world.rank, "done", node=world.node)
         return "done"
 
     def _finish(
         self, context: Context, result: Result, sampler: "Popen[bytes] | None", mirror: Mirror, began: float
     ) -> None:
-        """Receipt, W&B summary, attempt record: rank 0 only, in this order."""
+        """Receipt and W&B summary: rank 0 only, in this order."""
         if context.world.is_first:
+            context.check_fence()
             context.progress("hashing the artifact")
             files = list_files(context.directory.artifact)
             if sampler is not None:
@@ -94,7 +144,67 @@ class StageTask:
                 log_power(context, mirror)
             mirror.summary({**receipt.metrics, "energy_j": receipt.energy["energy_j"], "seconds": receipt.seconds})
             mirror.finish()
-            record_end(context.directory, context.attempt, 0, "done")
+
+
+def _alone(directory: StageDirectory, task: TaskFile, world: World, job: Job) -> AbstractContextManager[None]:
+    """On one machine a lock keeps two attempts apart. Under a scheduler the newest attempt wins (`Fence`): a lock
+    would be held for ever by an attempt that hangs on a node nobody can reach."""
+    if job.job or not world.is_first:
+        return nullcontext()
+    return exclusive(directory.lock, f"stage {task.stage.name!r}")
+
+
+def with_inputs(directory: StageDirectory, task: TaskFile, world: World) -> TaskFile:
+    """The task with the digests of what it reads now. What an attempt made from other inputs is moved aside."""
+    run = RunDirectory(Path(task.run_directory))
+    inputs = input_digests(run, task.stage)
+    if inputs == task.inputs:
+        return task
+    fresh = task.model_copy(update={"inputs": inputs})
+    if world.is_first:
+        if any(task.inputs.values()):
+            run.supersede(task.stage.name, keep=(directory.attempts, directory.task))
+        fresh.write(directory.task)
+    return fresh
+
+
+def is_done(context: Context) -> bool:
+    """Whether a valid receipt for these very inputs is there. Only a requeue or a second submission meets one."""
+    receipt = read_receipt(context.directory)
+    task = context.task
+    if receipt is None or receipt.inputs != task.inputs or receipt.config != asked(task.stage, task.seed):
+        return False
+    if context.world.is_first:
+        verify(context.directory, receipt)
+    return True
+
+
+def check_gates(context: Context) -> None:
+    """Raises GateMissed when an earlier receipt does not show what this stage demands."""
+    missed = missed_gate(RunDirectory(Path(context.task.run_directory)), context.task.stage)
+    if missed:
+        raise GateMissed(missed)
+
+
+def note_lost_nodes(directory: StageDirectory) -> None:
+    """Record which nodes are down after an attempt that ended without a word."""
+    rows = read_jsonl(directory.attempts)
+    starts = [row for row in rows if row.get("event") == "start"]
+    if not starts or not starts[-1]["nodes"]:
+        return
+    last = starts[-1]["attempt"]
+    if any(row.get("event") in ("verdict", "node") and row["attempt"] == last for row in rows):
+        return
+    for node in commands.bad_nodes(starts[-1]["nodes"]):
+        append_jsonl(directory.attempts, {"event": "node", "attempt": last, "time": time.time(), "node": node})
+
+
+def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
+    """Go back to the queue when this job was given a node that has failed twice under this chain."""
+    chain = [StageDirectory(path) for path in directory.root.parent.iterdir() if path.is_dir()]
+    shunned = sorted({*failing_nodes(chain)} & {*job.nodes})
+    if shunned and commands.requeue(job.job, shunned) is None:
+        raise Stopped(f"given back: {', '.join(shunned)} failed twice under this chain")
 
 
 def start_mirror(context: Context) -> Mirror:
@@ -152,12 +262,18 @@ def library_version(name: str) -> str | None:
         return None
 
 
-def explain_failure(error: BaseException, folder: Path) -> GreenMoEError:
-    """The error as the user should see it: a full disk says so, whatever library met it; a crash names the log."""
+def explain_failure(error: BaseException, folder: Path) -> tuple[GreenMoEError, bool]:
+    """The error as the user should see it, and whether it is a crash that another attempt may not meet.
+
+    A full disk says so, whatever library met it; running out of memory is no crash: it would happen again.
+    """
     if isinstance(error, GreenMoEError):
-        return error
+        return error, False
     if NO_SPACE in str(error) or is_full(folder):
-        return full_disk(folder)
+        return full_disk(folder), False
     if isinstance(error, KeyboardInterrupt):
-        return Stopped("interrupted")
-    return StageError(f"{type(error).__name__}: {error}".splitlines()[0])
+        return Stopped("interrupted"), False
+    text = f"{type(error).__name__}: {error}".splitlines()[0]
+    if isinstance(error, MemoryError) or any(word in str(error).lower() for word in OUT_OF_MEMORY):
+        return StageError(f"out of memory ({text}): lower batches.micro_batch_size or take more ranks"), False
+    return StageError(text), True

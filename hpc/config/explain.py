@@ -49,6 +49,16 @@ def schema() -> dict[str, Any]:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
     }
     content["properties"] = {"extends": extends, **content["properties"]}
+    matrix = {
+        "description": "Writes the stage out once for each combination of values; {name} stands for the value.",
+        "type": "object",
+        "additionalProperties": {"type": "array", "minItems": 1},
+    }
+    for definition in content["$defs"].values():
+        if "kind" in definition.get("properties", {}) and "needs" in definition["properties"]:
+            definition["properties"]["matrix"] = matrix
+            gate = definition["properties"]["gate"]
+            definition["properties"]["gate"] = {"anyOf": [{"type": "string"}, gate], "description": gate["description"]}
     return {"$schema": SCHEMA_DIALECT, **content}
 
 

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from hpc.config.matrix import expand
 from hpc.config.near import nearest
 from hpc.config.run import RunConfig
 from hpc.errors import ConfigError, DataError
@@ -64,6 +65,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     document = _read(path, ())
     _apply(document, overrides)
+    document = Document(*expand(document.data, document.places))
     _resolve_paths(document, path.parent)
     return _validate(document, RunConfig)
 

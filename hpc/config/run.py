@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, NonNegativeInt, model_validator
 
 from hpc.config.base import Frozen
+from hpc.config.gate import Gate
 from hpc.config.near import nearest
 from hpc.config.stages import Artifact, Stage
 
@@ -38,6 +39,10 @@ class RunConfig(Frozen):
 
     tracking: Tracking = Tracking()
     """Where metrics are mirrored to."""
+
+    retries: NonNegativeInt = 3
+    """On Slurm: how often a crashed stage starts again by itself, as long as it makes progress in between. Preemption,
+    time limits and lost nodes do not count; running out of memory, bad settings and missed gates are never retried."""
 
     stages: list[Stage] = Field(min_length=1)
     """The chain. Stages run as soon as what they need is there; order in the file does not matter."""
@@ -74,6 +79,12 @@ class RunConfig(Frozen):
             circle = " -> ".join(reversed(error.args[1]))
             raise ValueError(f"the chain goes in a circle ({circle}): drop one of these needs") from None
         for index, stage in enumerate(self.stages):
+            for gate in map(Gate.parse, stage.gate):
+                if gate.stage is not None and gate.stage not in stage.needs:
+                    raise ValueError(
+                        f"stages[{index}] {stage.name!r}: gate {gate.text!r} asks for {gate.stage!r}, which "
+                        f"it does not need{nearest(gate.stage, stage.needs)}"
+                    )
             _check_inputs(f"stages[{index}] {stage.name!r}", stage, {s.name: s.produces for s in self.stages})
         return self
 

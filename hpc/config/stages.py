@@ -2,9 +2,10 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
+from hpc.config.gate import Gate
 from hpc.config.train import AdapterTraining, Training
 
 Artifact = Literal["tokens", "model", "adapter", "quantized", "metrics", "page"]
@@ -46,6 +47,30 @@ class Tokenizer(Frozen):
     """Folder of an existing Hugging Face tokenizer to use instead of training one."""
 
 
+NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
+WORD = r"^[A-Za-z0-9][A-Za-z0-9._:@+,-]{0,127}$"
+"""Characters that may reach a job script."""
+
+
+class Resources(Frozen):
+    """What one stage's Slurm job asks for where that differs from the site's settings. Nothing here changes results."""
+
+    time_limit_min: PositiveInt | None = None
+    """Minutes until Slurm ends the job. Training goes on in a new job of the same chain, from its checkpoint."""
+
+    partition: str | None = Field(default=None, pattern=WORD)
+    """Partition, in place of the site's."""
+
+    qos: str | None = Field(default=None, pattern=WORD)
+    """Quality of service, in place of the site's."""
+
+    cpus_per_task: PositiveInt | None = None
+    """Cores of each rank, in place of the site's."""
+
+    memory_per_node: str | None = Field(default=None, pattern=r"^[0-9]+[KMGT]?$")
+    """Memory per node as Slurm writes it, such as 64G; 0 is all of it."""
+
+
 class Task(Frozen):
     """What all stages share."""
 
@@ -55,11 +80,31 @@ class Task(Frozen):
     accepts: ClassVar[tuple[Artifact, ...]] = ()
     """Inputs that may be there any number of times beyond `requires`."""
 
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")
+    name: str = Field(pattern=NAME)
     """Unique name in the chain; names its folder, its job and its W&B run."""
 
     needs: list[str] = []
     """Stages whose artifacts this one reads; they run first."""
+
+    gate: list[str] = []
+    """Demands on metrics of needed stages, such as `pretrain.heldout_loss < 3.2`. A missed gate ends the chain here,
+    with its reason; what does not depend on this stage goes on."""
+
+    resources: Resources = Resources()
+    """What its Slurm job asks for."""
+
+    array: str | None = Field(default=None, pattern=NAME)
+    """Stages of one array go to Slurm as one job array; `matrix` fills it in."""
+
+    @field_validator("gate", mode="before")
+    @classmethod
+    def _one_gate(cls, value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    @field_validator("gate")
+    @classmethod
+    def _check_gates(cls, gates: list[str]) -> list[str]:
+        return [Gate.parse(gate).text for gate in gates]
 
 
 class Prepare(Task):

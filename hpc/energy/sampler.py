@@ -44,16 +44,18 @@ class Coefficients:
         return cls(**{name: values[name] for name in cls.__dataclass_fields__})
 
 
-def start_sampler(folder: Path, watch_pid: int, attempt: int, power_model_json: str) -> "subprocess.Popen[bytes]":
+def start_sampler(
+    folder: Path, node: str, watch_pid: int, attempt: int, power_model_json: str
+) -> "subprocess.Popen[bytes]":
     """Start the sampler of this node for one attempt; it ends by itself when `watch_pid` is gone.
 
     Returns once it samples, so that the work it measures does not run ahead of it.
     """
     command = [
         sys.executable, "-m", "hpc.energy.sampler", "--out", str(folder), "--watch-pid", str(watch_pid),
-        "--attempt", str(attempt), "--power-model", power_model_json,
+        "--attempt", str(attempt), "--node", node, "--power-model", power_model_json,
     ]  # fmt: skip
-    samples = folder / f"energy-{socket.gethostname()}.jsonl"
+    samples = folder / f"energy-{node}.jsonl"
     before = samples.stat().st_size if samples.exists() else 0
     with samples.with_suffix(".log").open("ab") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -102,6 +104,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of energy-HOST.jsonl")
     parser.add_argument("--watch-pid", type=int, required=True, help="end when this process is gone")
     parser.add_argument("--attempt", type=int, default=1)
+    parser.add_argument("--node", default=socket.gethostname(), help="name of this node")
     parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples")
     parser.add_argument("--power-model", default="", help="JSON of the site's power model")
     parser.add_argument("--root", type=Path, default=Path("/"), help="root of the sysfs tree")
@@ -112,7 +115,7 @@ def main() -> None:
         signal.signal(number, lambda signum, _: ended.append(signum))
     watched = _process(options.watch_pid)
     found = discover(Coefficients.from_json(options.power_model) if options.power_model else None, options.root)
-    host = socket.gethostname()
+    host = options.node
     path = options.out / f"energy-{host}.jsonl"
     with path.open("a", encoding="utf-8", buffering=1) as file:
         if ends_torn(path):

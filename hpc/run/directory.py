@@ -3,6 +3,10 @@
 RUN/config.yaml            the configuration as it was given, resolved
 RUN/plan.json              what runs
 RUN/report.html            the last report
+RUN/site.yaml              on Slurm: the site that it was submitted to
+RUN/submissions.jsonl      on Slurm: one line for each job
+RUN/code/DIGEST/           on Slurm: the code that the jobs run
+RUN/jobs/                  on Slurm: submitit's files, the logs of every job and rank
 RUN/stages/STAGE/          one stage
     task.json              what the worker was told to do
     attempts.jsonl         one line when an attempt starts, one when it ends
@@ -12,12 +16,13 @@ RUN/stages/STAGE/          one stage
     checkpoints/step-N/    published checkpoints, never changed once they are there
     artifact/              what the next stages read
     receipt.json           written last: the stage is done
-    jobs/ wandb/           submitit's files and logs; W&B's files
+    jobs/ wandb/           submitit's files and logs on this machine; W&B's files
 RUN/superseded/STAGE-N/    stages that a changed configuration made again
 """
 
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,12 +209,39 @@ class RunDirectory:
         """The paths of one stage."""
         return StageDirectory(self.root / "stages" / name)
 
-    def supersede(self, name: str) -> Path:
-        """Move a stage aside, with all it spent, so that it can be made again. Returns where it went."""
+    def supersede(self, name: str, keep: tuple[Path, ...] = ()) -> Path:
+        """Move a stage aside, with all it spent, so that it can be made again. Returns where it went.
+
+        Files in `keep` are copied: they stay where they are too.
+        """
         number = 1
         while (target := self.root / "superseded" / f"{name}-{number}").exists():
             number += 1
+        root = self.stage(name).root
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
-            self.stage(name).root.rename(target)
+            if not keep:
+                root.rename(target)
+                return target
+            target.mkdir()
+            for path in list(root.iterdir()):
+                if path in keep:
+                    shutil.copyfile(path, target / path.name)
+                else:
+                    path.rename(target / path.name)
         return target
+
+    @property
+    def jobs(self) -> Path:
+        """Slurm: submitit's files and the logs of every job and rank."""
+        return self.root / "jobs"
+
+    @property
+    def submissions(self) -> Path:
+        """Slurm: append-only record of what was submitted."""
+        return self.root / "submissions.jsonl"
+
+    @property
+    def site(self) -> Path:
+        """Slurm: the site that the chain was last submitted to."""
+        return self.root / "site.yaml"

@@ -15,6 +15,9 @@ import hpc
 from hpc.errors import ArtifactError
 from hpc.run.directory import StageDirectory, write_json
 
+CODE_VERSION_FILE = "code-version.json"
+"""Beside the packages of a snapshot, which has no git of its own."""
+
 
 @dataclass(frozen=True)
 class Receipt:
@@ -108,6 +111,9 @@ def verify(directory: StageDirectory, receipt: Receipt) -> None:
 def code_version() -> dict[str, str | None]:
     """Version of this software and, in a git checkout, its commit (with '+changes' when files differ from it)."""
     root = Path(hpc.__file__).resolve().parent.parent
+    if (root / CODE_VERSION_FILE).is_file():
+        noted: dict[str, str | None] = json.loads((root / CODE_VERSION_FILE).read_text(encoding="utf-8"))
+        return noted
     commit = _git(root, "rev-parse", "--short=12", "HEAD")
     if commit and _git(root, "status", "--porcelain", "--untracked-files=no"):
         commit += "+changes"

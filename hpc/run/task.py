@@ -11,7 +11,8 @@ from pydantic import Field, TypeAdapter
 
 from hpc.config import Facility, Machine, Stage, Tracking
 from hpc.config.base import Frozen
-from hpc.errors import ArtifactError, StageError, Stopped
+from hpc.errors import ArtifactError, Fenced, StageError, Stopped
+from hpc.run.attempts import Fence
 from hpc.run.directory import StageDirectory, write_atomic, write_json
 from hpc.run.receipt import Receipt, read_receipt, verify
 
@@ -39,6 +40,10 @@ class TaskFile(Frozen):
     """The building, as far as the site states it."""
     ranks: int = Field(ge=1)
     """Worker processes."""
+    retries: int = Field(default=0, ge=0)
+    """How often a crash is tried again by the job itself."""
+    network_interface: str | None = None
+    """Interface that the ranks talk over; None: the first one with an address."""
     nodes: int = Field(ge=1)
     """Nodes."""
 
@@ -54,7 +59,7 @@ class TaskFile(Frozen):
 
 def asked(stage: Stage, seed: int) -> dict[str, Any]:
     """What a stage's result depends on besides its inputs: its configuration, and the seed where one is used."""
-    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs"})
+    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs", "gate", "resources", "array"})
     return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
 
 
@@ -64,6 +69,18 @@ class StopRequest:
 
     requested: bool = False
     deferred: bool = False
+    deadline: float | None = None
+    """When the scheduler will end the job, seconds since the epoch; None without a limit. Known on rank 0."""
+
+    def runs_out(self, seconds_needed: float) -> bool:
+        """Whether that much time is no longer left before the deadline."""
+        return self.deadline is not None and time.time() + seconds_needed > self.deadline
+
+    def immediately(self) -> None:
+        """From now on a request ends the stage at once; one that came before does so now. Raises Stopped."""
+        self.deferred = False
+        if self.requested:
+            raise Stopped("stopped after the last step; what is left starts again from its checkpoint")
 
     def listen(self) -> None:
         """Take SIGTERM, SIGINT and SIGUSR2 as requests to stop, in place of submitit's own handlers."""
@@ -85,6 +102,8 @@ class World:
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
+    node: str = ""
+    """Name of this node, as the scheduler knows it."""
 
     @property
     def is_first(self) -> bool:
@@ -116,6 +135,8 @@ class Context:
     world: World
     attempt: int
     stop: StopRequest = field(default_factory=StopRequest)
+    fence: Fence | None = None
+    """Asked before anything is published; None where no other attempt can come up."""
     mirror: RowSink = field(default_factory=NoSink)
     """Where rows of metrics are copied to besides metrics.jsonl (W&B on rank 0)."""
 
@@ -143,6 +164,11 @@ class Context:
             for name in self.task.stage.needs
             if by_name[name].produces in artifacts
         ]
+
+    def check_fence(self) -> None:
+        """Raises Fenced when a newer attempt has taken over."""
+        if self.fence is not None and self.fence.is_superseded():
+            raise Fenced(f"attempt {self.attempt} of {self.task.stage.name!r} was superseded by a newer one")
 
     def progress(self, text: str, *, done: float | None = None, total: float | None = None, **figures: Any) -> None:
         """Say where the stage is, for the live view: a phrase, a fraction, and figures such as loss."""

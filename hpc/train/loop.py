@@ -29,6 +29,9 @@ from hpc.train.checkpoint import Checkpoints
 from hpc.train.engine import Engine
 from hpc.train.schedule import learning_rate
 
+LEAVE_MARGIN_S = 5.0
+"""Seconds before a time limit that are left to the scheduler."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -98,6 +101,7 @@ class _Loop:
         self.metrics = Metrics(context.directory.metrics, context.mirror) if world.is_first else None
         self.meter = EnergyMeter(context.directory.root, context.attempt)
         self.step_seconds: list[float] = []
+        self.save_seconds = 0.0
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}
 
@@ -120,17 +124,21 @@ class _Loop:
             self._log(done, row)
             due = done % settings.checkpoint_every_steps == 0 or done == settings.steps
             if due or stop:
-                self.checkpoints.save(done, self.context.attempt, self.engine.save)
+                if self.context.world.is_first:
+                    self.context.check_fence()
+                seconds = self.checkpoints.save(done, self.context.attempt, self.engine.save)
+                self.save_seconds = max(self.save_seconds, seconds)
                 saved = done
             if stop and done < settings.steps:
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
-        seconds = sorted(self.step_seconds)
+        self.context.stop.immediately()
+        ordered = sorted(self.step_seconds)
         return Trained(
             engine=self.engine,
             held_out_loss_before=self._held_out_loss_before(),
             held_out_loss=self._evaluate(None),
             last_loss=self.loss,
-            tokens_per_s=settings.batches.tokens_per_step / seconds[len(seconds) // 2] if seconds else None,
+            tokens_per_s=settings.batches.tokens_per_step / ordered[len(ordered) // 2] if ordered else None,
             replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
         )
@@ -165,7 +173,7 @@ class _Loop:
 
     def _agree(self, loss: torch.Tensor, step: int) -> bool:
         """Mean loss over ranks, checked by all before the update; whether any rank was asked to stop."""
-        stop = float(self.context.stop.requested)
+        stop = float(self.context.stop.requested or self.context.stop.runs_out(self._seconds_to_leave()))
         word = torch.stack([loss, torch.tensor(stop, device=self.device)])
         dist.all_reduce(word)
         self.loss = float(word[0]) / self.context.world.size
@@ -175,6 +183,10 @@ class _Loop:
                 "the checkpoints before it are intact"
             )
         return bool(word[1] > 0)
+
+    def _seconds_to_leave(self) -> float:
+        """What another step and a checkpoint may take; a first checkpoint is guessed."""
+        return 3 * max(self.step_seconds[-10:], default=0.0) + 2 * (self.save_seconds or 5.0) + LEAVE_MARGIN_S
 
     def _evaluate(self, max_tokens: int | None) -> float:
         self.engine.module.eval()
@@ -200,6 +212,7 @@ class _Loop:
     def _log(self, done: int, figures: dict[str, Any]) -> None:
         if self.metrics is None:
             return
+        self.context.check_fence()
         recent = self.step_seconds[-10:]
         speed = self.settings.batches.tokens_per_step * len(recent) / sum(recent) if recent else None
         energy = self.meter.read()

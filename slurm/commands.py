@@ -1,0 +1,134 @@
+"""The door to Slurm's commands: short calls, their tables read into rows, and their refusals told in one line."""
+
+import getpass
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from hpc.errors import SiteError
+
+TIMEOUT_S = 30
+ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING",
+         "SIGNALING", "STAGE_OUT", "STOPPED"}  # fmt: skip
+"""States of a job that may still do something."""
+
+
+@dataclass(frozen=True)
+class QueuedJob:
+    """A job as `squeue` or `sacct` shows it."""
+
+    job: str
+    """Id; 44_1 for a task of an array."""
+    state: str
+    reason: str = ""
+    start: str = ""
+    """Expected or actual start."""
+    end: str = ""
+    nodes: str = ""
+    comment: str = ""
+    exit_code: str = ""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it may still run. A job whose dependency can never be met will not."""
+        return self.state in ALIVE and self.reason != "DependencyNeverSatisfied"
+
+
+def call(*words: str, check: bool = True, timeout_s: float = TIMEOUT_S) -> "subprocess.CompletedProcess[str]":
+    """Run a Slurm command. Raises SiteError when it is missing, hangs or (with `check`) refuses."""
+    try:
+        result = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
+    except FileNotFoundError:
+        raise SiteError(f"{words[0]} is not here: run this on a login node of the cluster, or take --dry-run") from None
+    except subprocess.TimeoutExpired:
+        raise SiteError(
+            f"{words[0]} did not answer in {timeout_s:.0f} s: the Slurm controller is busy; try later"
+        ) from None
+    if check and result.returncode:
+        raise SiteError(f"{words[0]} refused: {told(result.stderr or result.stdout)}")
+    return result
+
+
+def told(text: str) -> str:
+    """What a Slurm command complained about, without its prefixes."""
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(dict.fromkeys(lines)) or "no reason given"
+
+
+def queue() -> list[QueuedJob]:
+    """All jobs of this user that the controller remembers, arrays written out. Raises SiteError."""
+    text = call(
+        "squeue", "--noheader", "--array", "--states=all", f"--user={getpass.getuser()}",
+        "--format=%i|%T|%r|%S|%e|%N|%k",
+    ).stdout  # fmt: skip
+    jobs = []
+    for line in text.splitlines():
+        fields = line.split("|")
+        if len(fields) >= 7:
+            jobs.append(QueuedJob(*fields[:6], "|".join(fields[6:])))
+    return jobs
+
+
+def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
+    """Jobs as the accounting database remembers them; None where there is none."""
+    if shutil.which("sacct") is None:
+        return None
+    if not ids:
+        return []
+    result = call(
+        "sacct", "--noheader", "--allocations", "--parsable2", "--jobs", ",".join(ids),
+        "--format=JobID,State,Reason,Start,End,NodeList,Comment,ExitCode", check=False,
+    )  # fmt: skip
+    if result.returncode:
+        return None
+    rows = [line.split("|") for line in result.stdout.splitlines() if line.count("|") == 7]
+    return [QueuedJob(row[0], row[1].split()[0], row[2], row[3], row[4], row[5], row[6], row[7]) for row in rows]
+
+
+def job_state(job: str) -> str:
+    """State of one job, '' when Slurm does not know it (any more) or does not answer."""
+    try:
+        text = call("squeue", "--noheader", "--states=all", f"--jobs={job}", "--format=%T", check=False).stdout
+    except SiteError:
+        return ""
+    return text.split()[0] if text.split() else ""
+
+
+def end_time(job: str) -> float | None:
+    """When Slurm will end a job, seconds since the epoch; None when it has no limit or Slurm does not say."""
+    try:
+        text = call("squeue", "--noheader", f"--jobs={job}", "--format=%e", check=False).stdout.strip()
+        return datetime.fromisoformat(text.splitlines()[0]).timestamp()
+    except (SiteError, ValueError, IndexError):
+        return None
+
+
+def requeue(job: str, exclude: Sequence[str] = ()) -> str | None:
+    """Put a job back into the queue, away from some nodes; returns why that failed, None when it did not."""
+    try:
+        result = call("scontrol", "requeue", job, check=False)
+        if result.returncode:
+            return told(result.stderr)
+        if exclude:
+            call("scontrol", "update", f"JobId={job}", f"ExcNodeList={','.join(exclude)}", check=False)
+    except SiteError as error:
+        return str(error)
+    return None
+
+
+def bad_nodes(nodes: Sequence[str]) -> list[str]:
+    """Those of some nodes that are down, failing or do not answer."""
+    try:
+        text = call("sinfo", "--noheader", "--Node", f"--nodes={','.join(nodes)}", "--format=%N %T", check=False).stdout
+    except SiteError:
+        return []
+    states = dict(line.split() for line in text.splitlines() if len(line.split()) == 2)
+    return [name for name in nodes if re.search(r"down|fail|unk|drain|\*", states.get(name, ""))]
+
+
+def hostnames(nodelist: str) -> list[str]:
+    """A node list such as n[1-3,7] written out, by Slurm itself."""
+    return call("scontrol", "show", "hostnames", nodelist).stdout.split() if nodelist else []
