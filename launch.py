@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from hpc.errors import EXIT_CODES, GreenMoEError
+from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -26,6 +26,9 @@ SITE_SET = click.option(
     metavar="A.B=VALUE",
     help="Override a key of the site, e.g. slurm.account=ab12.",
 )
+
+RUN = click.argument("run", type=click.Path(path_type=Path), metavar="RUN")
+YES = click.option("--yes", is_flag=True, help="Do not ask, whatever it may cost.")
 
 
 class Verbs(click.Group):
@@ -87,7 +90,7 @@ def run(config: Path, site: str, overrides: tuple[str, ...]) -> None:
 @SITE_SET
 @SET
 @click.option("--dry-run", is_flag=True, help="Print the sbatch text of every job and submit nothing.")
-@click.option("--yes", is_flag=True, help="Do not ask, whatever it may cost.")
+@YES
 def submit(
     config: Path, site: str, site_overrides: tuple[str, ...], overrides: tuple[str, ...], dry_run: bool, yes: bool
 ) -> None:
@@ -102,6 +105,82 @@ def submit(
         click.echo(batch.dry_run(loaded, place, planned))
         return
     _submitted(batch.submit_chain(loaded, place, planned, confirm=None if yes else _confirm))
+
+
+@main.command()
+@RUN
+def status(run: Path) -> None:
+    """Show where a chain on Slurm stands: states, attempts, loss, watts, energy, and why something waits.
+
+    RUN is the run directory or the configuration file. Works from any login node; ends with code 6 when a stage failed.
+    """
+    from slurm.status import chain_status, show
+    from slurm.steer import open_run
+
+    found = chain_status(open_run(run))
+    show(found)
+    if any(stage.state == "failed" for stage in found.stages):
+        click.get_current_context().exit(StageError.exit_code)
+
+
+@main.command()
+@RUN
+@click.option("--every", default=5.0, show_default=True, help="Seconds between looks at Slurm.")
+def watch(run: Path, every: float) -> None:
+    """Show `status` live, until the chain is over. Ctrl-C ends only the looking."""
+    from slurm.status import watch_chain
+    from slurm.steer import open_run
+
+    watch_chain(open_run(run), every)
+
+
+@main.command()
+@RUN
+@click.argument("stage")
+@click.option("--rank", type=click.IntRange(min=0), help="A rank; by default the first one that failed, then rank 0.")
+@click.option("--follow", is_flag=True, help="Go on with new lines until the stage ends.")
+def logs(run: Path, stage: str, rank: int | None, follow: bool) -> None:
+    """Show the logs of a stage: the traceback of the rank that failed first, then the end of the log."""
+    from slurm import steer
+
+    directory = steer.open_run(run)
+    for line in steer.logs(directory, stage, rank):
+        click.echo(line)
+    if follow:
+        for line in steer.follow(directory, stage, rank):
+            click.echo(line)
+
+
+@main.command()
+@RUN
+@click.argument("stages", nargs=-1)
+def cancel(run: Path, stages: tuple[str, ...]) -> None:
+    """Cancel the waiting and running jobs of a chain, or of some stages. Checkpoints stay; `resume` goes on."""
+    from slurm import steer
+
+    for name, job in steer.cancel(steer.open_run(run), stages).items():
+        click.echo(f"{name}: cancelled job {job}")
+
+
+@main.command()
+@RUN
+@click.argument("stage")
+@YES
+def retry(run: Path, stage: str, yes: bool) -> None:
+    """Submit a failed stage again, and what depends on it, with a fresh count of crashes."""
+    from slurm import steer
+
+    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm))
+
+
+@main.command()
+@RUN
+@YES
+def resume(run: Path, yes: bool) -> None:
+    """Submit everything that is neither done nor on its way."""
+    from slurm import steer
+
+    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm))
 
 
 @main.command()
@@ -135,6 +214,84 @@ def schema() -> None:
     from hpc.config.explain import schema as json_schema
 
     click.echo(json.dumps(json_schema(), indent=1))
+
+
+@main.group()
+def devcluster() -> None:
+    """A real Slurm with several nodes on this machine, for tests and rehearsals.
+
+    \b
+      python launch.py devcluster up
+      eval "$(python launch.py devcluster env)"
+      python launch.py submit configs/quickstart.yaml --site devcluster
+    """
+
+
+BOX = click.option("--box", type=click.Path(path_type=Path), help="Folder of the cluster; one per user by default.")
+
+
+def _cluster(box: Path | None) -> Any:
+    from slurm.devcluster.cluster import Cluster, default_root
+
+    return Cluster.load(box or default_root())
+
+
+@devcluster.command("up")
+@BOX
+@click.option("--nodes", default=4, show_default=True, type=click.IntRange(1, 100))
+@click.option("--cpus", default=4, show_default=True, help="CPUs that each node claims to have.")
+@click.option("--mode", type=click.Choice(["netns", "multi"]), help="netns as root: nodes with a network of their own.")
+@click.option("--accounting", is_flag=True, help="With slurmdbd and MariaDB, so that sacct answers.")
+def devcluster_up(box: Path | None, nodes: int, cpus: int, mode: Any, accounting: bool) -> None:
+    """Start it; a cluster that is there is replaced."""
+    import os
+
+    from slurm.devcluster.cluster import Cluster, default_root
+    from slurm.devcluster.files import Layout
+
+    chosen = mode or ("netns" if os.getuid() == 0 else "multi")
+    cluster = Cluster.up(Layout(str(box or default_root()), chosen, nodes, cpus, accounting=accounting))
+    click.echo(
+        f"{nodes} nodes are up after {cluster.seconds['total']:.1f} s ({chosen}), files in {cluster.layout.path}"
+    )
+    click.echo('next: eval "$(python launch.py devcluster env)"')
+
+
+@devcluster.command("env")
+@BOX
+def devcluster_env(box: Path | None) -> None:
+    """Print what a shell needs to use it: eval "$(python launch.py devcluster env)"."""
+    for name, value in _cluster(box).environment().items():
+        click.echo(f"export {name}={value}")
+
+
+@devcluster.command("status")
+@BOX
+def devcluster_status(box: Path | None) -> None:
+    """Show its nodes."""
+    for name, state in _cluster(box).node_states().items():
+        click.echo(f"{name}: {state}")
+
+
+@devcluster.command("down")
+@BOX
+def devcluster_down(box: Path | None) -> None:
+    """End it and remove its files."""
+    _cluster(box).down()
+
+
+def _node_verb(name: str, text: str) -> None:
+    @devcluster.command(name, help=text)
+    @click.argument("node")
+    @BOX
+    def verb(node: str, box: Path | None) -> None:
+        getattr(_cluster(box), name.replace("-", "_"))(node)
+
+
+_node_verb("kill-node", "Power failure of a node: slurmd and all ranks on it end at once.")
+_node_verb("kill-slurmd", "Kill only the daemon of a node; ranks go on (split brain).")
+_node_verb("start-node", "Switch a node on again.")
+_node_verb("mark-down", "Tell the controller that a node is down, before it notices.")
 
 
 @main.group()

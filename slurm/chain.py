@@ -13,7 +13,6 @@ import yaml
 from hpc.config import RunConfig, Stage
 from hpc.errors import GateMissed, GreenMoEError, StageError, Stopped, error_by_exit_code
 from hpc.plan.plan import Plan, StagePlan
-from hpc.plan.show import duration, energy
 from hpc.run.attempts import attempt_ends, count_attempts, exclusive
 from hpc.run.directory import (
     RunDirectory,
@@ -24,9 +23,9 @@ from hpc.run.directory import (
     write_atomic,
     write_json,
 )
-from hpc.run.receipt import Receipt, read_receipt
+from hpc.run.receipt import read_receipt
 from hpc.run.task import TaskFile
-from slurm.live import View
+from slurm.live import View, result_words
 from slurm.site import Site
 from slurm.state import Decision, decide, input_digests, missed_gate
 from slurm.submit import LocalStage, submit_local
@@ -67,7 +66,8 @@ def _run_stage(
 ) -> None:
     decision = decide(run, config, stage)
     if decision.action == "reuse":
-        view.say(stage.name, f"reused ({_result(read_receipt(run.stage(stage.name)))})")
+        receipt = read_receipt(run.stage(stage.name))
+        view.say(stage.name, f"reused ({result_words(receipt)})" if receipt else "reused")
         return
     if stop:
         raise Stopped("stopped between stages; run the same command to go on")
@@ -135,7 +135,7 @@ def _watch(job: LocalStage, name: str, directory: StageDirectory, attempt: int, 
 def _conclude(stage: Stage, directory: StageDirectory, attempt: int, view: View) -> None:
     receipt = read_receipt(directory)
     if receipt is not None:
-        view.say(stage.name, f"done ({_result(receipt)})")
+        view.say(stage.name, f"done ({result_words(receipt)})")
         return
     raise failure(stage.name, directory, attempt)
 
@@ -159,27 +159,6 @@ def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError
         f"stage {name!r}: its processes ended without a word (killed, or out of memory?); see the logs in "
         f"{directory.jobs}, then run the same command to go on from the last checkpoint"
     )
-
-
-def _result(receipt: Receipt | None) -> str:
-    """The figures of a receipt that matter at a glance."""
-    if receipt is None:
-        return ""
-    words = []
-    for key, text in (
-        ("tokens_train", "{:,} training tokens"),
-        ("unigram_perplexity", "unigram perplexity {:.1f}"),
-        ("heldout_perplexity", "held-out perplexity {:.1f}"),
-        ("max_abs_logit_difference", "logits differ by {:.1e}"),
-        ("bits_per_weight", "{:.1f} bits per weight"),
-        ("kl", "KL {:.4f}"),
-    ):
-        if isinstance(receipt.metrics.get(key), (int, float)):
-            words.append(text.format(receipt.metrics[key]))
-    words.append(duration(receipt.seconds))
-    if receipt.energy.get("energy_j") is not None:
-        words.append(energy(receipt.energy["energy_j"]))
-    return ", ".join(words)
 
 
 def stage_plan(plan: Plan, stage: Stage) -> StagePlan:

@@ -68,7 +68,8 @@ def queue() -> list[QueuedJob]:
     for line in text.splitlines():
         fields = line.split("|")
         if len(fields) >= 7:
-            jobs.append(QueuedJob(*fields[:6], "|".join(fields[6:])))
+            job, state, reason, start, end, nodes, *comment = fields
+            jobs.append(QueuedJob(job, state, reason, start, end, nodes, "|".join(comment)))
     return jobs
 
 
@@ -85,7 +86,10 @@ def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
     if result.returncode:
         return None
     rows = [line.split("|") for line in result.stdout.splitlines() if line.count("|") == 7]
-    return [QueuedJob(row[0], row[1].split()[0], row[2], row[3], row[4], row[5], row[6], row[7]) for row in rows]
+    jobs = []
+    for job, state, reason, start, end, nodes, comment, exit_code in rows:
+        jobs.append(QueuedJob(job, state.split()[0], reason, start, end, nodes, comment, exit_code))
+    return jobs
 
 
 def job_state(job: str) -> str:

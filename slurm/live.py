@@ -11,8 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.energy.meter import Power, newest_power
-from hpc.plan.show import duration
+from hpc.plan.show import duration, energy
 from hpc.run.directory import StageDirectory
+from hpc.run.receipt import Receipt
 from hpc.run.task import read_progress
 
 PLAIN_EVERY_S = 15.0
@@ -91,3 +92,22 @@ def describe(progress: dict[str, Any], power: Power | None) -> str:
     if progress.get("seconds_left"):
         words.append(f"{duration(progress['seconds_left'])} left")
     return "  ".join(words)
+
+
+def result_words(receipt: Receipt) -> str:
+    """The figures of a receipt that matter at a glance."""
+    words = []
+    for key, text in (
+        ("tokens_train", "{:,} training tokens"),
+        ("unigram_perplexity", "unigram perplexity {:.1f}"),
+        ("heldout_perplexity", "held-out perplexity {:.1f}"),
+        ("max_abs_logit_difference", "logits differ by {:.1e}"),
+        ("bits_per_weight", "{:.1f} bits per weight"),
+        ("kl", "KL {:.4f}"),
+    ):
+        if isinstance(receipt.metrics.get(key), (int, float)):
+            words.append(text.format(receipt.metrics[key]))
+    words.append(duration(receipt.seconds))
+    if receipt.energy.get("energy_j") is not None:
+        words.append(energy(receipt.energy["energy_j"]))
+    return ", ".join(words)

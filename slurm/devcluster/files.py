@@ -170,7 +170,8 @@ def slurm_conf(layout: Layout) -> str:
     for index, name in enumerate(layout.names):
         where = f"NodeAddr={layout.address(name)} Port={layout.port + 1}"
         if layout.mode == "multi":
-            where = f"NodeHostname={layout.controller_host} NodeAddr={layout.address(name)} Port={layout.port + 101 + index}"
+            host, port = layout.controller_host, layout.port + 101 + index
+            where = f"NodeHostname={host} NodeAddr={layout.address(name)} Port={port}"
         gpus = f"Gres=gpu:{layout.gpus} " if layout.gpus else ""
         lines.append(f"NodeName={name} {where} CPUs={layout.cpus} RealMemory={layout.memory_mb} {gpus}State=UNKNOWN")
     common = "Nodes=ALL State=UP"
