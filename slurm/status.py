@@ -233,10 +233,8 @@ def render(status: ChainStatus) -> Table:
     table.add_column("", overflow="fold")
     for stage, prefix in _tree(status.stages):
         joules = "-" if stage.energy_j is None else ("~" if stage.is_estimated else "") + energy(stage.energy_j)
-        table.add_row(
-            Text(prefix + stage.name, "bold"), Text(stage.state, STYLE.get(stage.state, "")), str(stage.attempts or "-"),
-            joules, stage.job or "-", stage.text,
-        )  # fmt: skip
+        name, state = Text(prefix + stage.name, "bold"), Text(stage.state, STYLE.get(stage.state, ""))
+        table.add_row(name, state, str(stage.attempts or "-"), joules, stage.job or "-", stage.text)
     return table
 
 

@@ -151,8 +151,8 @@ class Cluster:
     # Nodes and their failures ----------------------------------------------------------------------------------------
 
     def start_node(self, name: str) -> None:
-        """Switch a node on again."""
-        self._check(name)
+        """Switch a node on again; one that is on is switched off first."""
+        self.kill_node(name)
         self._start_node(name)
         self._save()
 
