@@ -64,7 +64,7 @@ def test_the_meter_adds_what_earlier_attempts_drew(tmp_path: Path) -> None:
 
 def test_the_sampler_outlives_a_killed_process_and_writes_its_end(tmp_path: Path) -> None:
     watched = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    sampler = start_sampler(tmp_path, watched.pid, 1, MODEL.model_dump_json())
+    sampler = start_sampler(tmp_path, "n1", watched.pid, 1, MODEL.model_dump_json())
     time.sleep(1.2)
     watched.send_signal(signal.SIGKILL)  # and nobody collects it: a zombie counts as gone
     try:
@@ -83,7 +83,7 @@ def test_the_sampler_outlives_a_killed_process_and_writes_its_end(tmp_path: Path
 
 
 def test_the_sampler_leaves_the_process_group_of_its_stage(tmp_path: Path) -> None:
-    sampler = start_sampler(tmp_path, os.getpid(), 1, MODEL.model_dump_json())
+    sampler = start_sampler(tmp_path, "n1", os.getpid(), 1, MODEL.model_dump_json())
     try:
         assert os.getpgid(sampler.pid) != os.getpgid(os.getpid())
     finally:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hpc.errors import ArtifactError, BusyError, StorageError
-from hpc.run.attempts import attempt_ends, count_attempts, exclusive, record_end, record_start
+from hpc.run.attempts import Job, attempt_ends, count_attempts, exclusive, record_end, record_start
 from hpc.run.directory import RunDirectory, StageDirectory, append_jsonl, read_jsonl, write_json
 from hpc.run.receipt import Receipt, list_files, read_receipt, verify, write_receipt
 from slurm.state import describe_change
@@ -89,7 +89,8 @@ def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
 
 def test_attempts_are_counted_and_their_ends_kept(stage: StageDirectory) -> None:
     for attempt in (1, 2):
-        record_start(stage, attempt, world_size=2)
+        started = record_start(stage, Job("token", "7", restart=attempt - 1), 2, "127.0.0.1", 29500)
+        assert started.number == attempt
     record_end(stage, 1, 1, "failed", 6, "lost")
     record_end(stage, 2, 0, "done")
     assert count_attempts(stage) == 2
