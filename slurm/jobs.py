@@ -157,7 +157,7 @@ def setup_lines(site: Site, code: Path, environment: Mapping[str, str], cpus_per
         *(f"export {name}={shlex.quote(value)}" for name, value in values.items()),
         f"export PYTHONPATH={shlex.quote(str(code))}",
         'export TORCH_EXTENSIONS_DIR="${TMPDIR:-/tmp}/torch_extensions-$SLURM_JOB_ID"',
-        'export SRUN_CPUS_PER_TASK="${SLURM_CPUS_PER_TASK:-1}"',
+        f'export SRUN_CPUS_PER_TASK="${{SLURM_CPUS_PER_TASK:-{cpus_per_task or 1}}}"',
         "trap - ERR",
         "set +e",
     ]

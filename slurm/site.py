@@ -20,6 +20,7 @@ from hpc.errors import ConfigError
 SITES = Path(__file__).resolve().parent.parent / "configs" / "sites"
 
 Word = Annotated[str, Field(pattern=WORD)]
+ModuleName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@+,/-]{0,127}$")]
 Line = Annotated[str, Field(pattern=r"^[\x20-\x7e]{1,400}$")]
 """One printable line of shell."""
 Option = Annotated[str, Field(pattern=r"^--[a-z][a-z0-9-]*(=[A-Za-z0-9._:@+,/=-]+)?$")]
@@ -48,8 +49,11 @@ class Scheduler(Frozen):
     gpus_per_node: PositiveInt | None = None
     """GPUs of a node as Slurm counts them; null on a machine without any."""
 
-    gpu_request: Literal["gpus-per-node", "gres", "none"] = "gpus-per-node"
-    """How jobs ask for GPUs; `none` where the partition gives whole nodes."""
+    gpu_request: Literal["gpus-per-node", "gpus", "gres", "none"] = "gpus-per-node"
+    """How jobs ask for GPUs: per node, as their sum (`gpus`), or not at all where the partition gives whole nodes."""
+
+    tasks_in_step: bool = False
+    """Whether ranks and their cores are asked of srun only, because sbatch refuses jobs that state them."""
 
     cpus_per_task: PositiveInt | None = None
     """Cores of one rank."""
@@ -82,6 +86,28 @@ class Scheduler(Frozen):
     """Further srun options, such as --cpu-bind=cores."""
 
 
+class Hardware(Frozen):
+    """What the facility says about its nodes; the plan's figures are those of `machine`."""
+
+    nodes: PositiveInt | None = None
+    """Nodes of this kind."""
+
+    cores_per_node: PositiveInt | None = None
+    """Physical cores."""
+
+    memory_gib_per_node: PositiveFloat | None = None
+    """Memory of the processors, GiB."""
+
+    gpus_per_node: PositiveInt | None = None
+    """Accelerators as the vendor counts them."""
+
+    gpu: str | None = None
+    """Accelerator."""
+
+    network: str | None = None
+    """Network between nodes."""
+
+
 class Confirm(Frozen):
     """Above which cost `submit` asks first."""
 
@@ -102,7 +128,10 @@ class Site(Frozen):
     """One line for people."""
 
     machine: Machine
-    """One kind of node."""
+    """One kind of node, as the plan sees it."""
+
+    hardware: Hardware = Hardware()
+    """One kind of node, as its facility describes it."""
 
     facility: Facility = Facility()
     """PUE, WUE and carbon, where the site states them."""
@@ -110,7 +139,7 @@ class Site(Frozen):
     slurm: Scheduler | None = None
     """Its scheduler; null on a machine without one."""
 
-    modules: list[Word] = []
+    modules: list[ModuleName] = []
     """Modules to load, in order."""
 
     setup: list[Line] = []

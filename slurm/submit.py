@@ -180,9 +180,13 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
     }
     if spec.memory_per_node is not None:
         options["mem"] = spec.memory_per_node
-    gpus = scheduler.gpus_per_node
+    gpus, srun_options = scheduler.gpus_per_node, ["--kill-on-bad-exit=1", *scheduler.srun_options]
     if gpus and scheduler.gpu_request == "gres":
         options["gres"] = f"gpu:{gpus}"
+    if gpus and scheduler.gpu_request == "gpus":
+        options["gpus"] = gpus * spec.nodes
+    if scheduler.tasks_in_step:
+        srun_options += [f"--ntasks-per-node={spec.tasks_per_node}", f"--cpus-per-task={spec.cpus_per_task or 1}"]
     values: dict[str, Any] = {
         "job_name": spec.name,
         "partition": spec.partition,
@@ -191,8 +195,8 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
         "constraint": scheduler.constraint,
         "time": spec.time_limit_min,
         "nodes": spec.nodes,
-        "ntasks_per_node": spec.tasks_per_node,
-        "cpus_per_task": spec.cpus_per_task,
+        "ntasks_per_node": None if scheduler.tasks_in_step else spec.tasks_per_node,
+        "cpus_per_task": None if scheduler.tasks_in_step else spec.cpus_per_task,
         "gpus_per_node": gpus if scheduler.gpu_request == "gpus-per-node" else None,
         "exclusive": True if scheduler.exclusive else None,
         "exclude": ",".join(spec.exclude) or None,
@@ -203,7 +207,7 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
         "signal_delay_s": scheduler.signal_before_end_s,
         "setup": setup_lines(site, code, RANK_ENVIRONMENT, spec.cpus_per_task),
         "teardown": teardown_lines(site, run, spec.stages),
-        "srun_args": ["--kill-on-bad-exit=1", *scheduler.srun_options],
+        "srun_args": srun_options,
         "additional_parameters": options,
     }
     executor.update_parameters(**values)
