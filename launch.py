@@ -85,6 +85,47 @@ def run(config: Path, site: str, overrides: tuple[str, ...]) -> None:
 
 
 @main.command()
+@click.option("--site", required=True, help="A site of configs/sites, or a YAML file of your own.")
+@SITE_SET
+@click.option("--config", type=click.Path(path_type=Path), help="A chain: is there time and room for its checkpoints?")
+@click.option("--run-root", type=click.Path(path_type=Path), default=Path("runs"), show_default=True,
+              help="Where runs will be: a file system that all nodes share.")  # fmt: skip
+@click.option("--nodes", default=2, show_default=True, type=click.IntRange(1))
+@click.option("--ranks-per-node", type=click.IntRange(1), help="The site's ranks_per_node by default.")
+@click.option("--wait", default=30.0, show_default=True, help="Minutes that the job may stay in the queue.")
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(
+    site: str, site_overrides: tuple[str, ...], config: Path | None, run_root: Path, nodes: int,
+    ranks_per_node: int | None, wait: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Examine a site with one small job before the first real one: what was found, why it matters, what to do.
+
+    Ranks, versions, network, shared files, clocks, space, signals, requeue, preemption, time to save, sacct, power
+    counters, W&B. Ends with code 8 when something would keep a chain from running.
+    """
+    from dataclasses import asdict
+
+    from hpc.config.load import load_config
+    from hpc.errors import SiteError
+    from hpc.plan.plan import plan as make_plan
+    from slurm import doctor as doctors
+    from slurm.site import load_site
+
+    place = load_site(site, site_overrides)
+    planned = make_plan(load_config(config), place.machine) if config else None
+    found = doctors.look(
+        place, run_root, min(nodes, place.machine.max_nodes), ranks_per_node or place.machine.ranks_per_node, planned,
+        wait, lambda text: click.echo(text, err=True),
+    )  # fmt: skip
+    if as_json:
+        click.echo(json.dumps([asdict(finding) for finding in found], indent=1))
+    else:
+        doctors.show(found)
+    if any(finding.level == "problem" for finding in found):
+        click.get_current_context().exit(SiteError.exit_code)
+
+
+@main.command()
 @CONFIG
 @click.option("--site", required=True, help="A site of configs/sites, or a YAML file of your own.")
 @SITE_SET

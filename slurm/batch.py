@@ -76,7 +76,7 @@ def submit_chain(
         _check_changes(run, config, alive)
         specs = preview(config, site, plan, run, wanted)
         for spec in distinct_requests(specs):
-            _test_request(spec, site, run)
+            check_request(spec, site, run)
         question = cost_question(specs, plan, site)
         if question and confirm is not None and not confirm(question):
             raise ConfigError("not submitted: the cost was not confirmed")
@@ -227,7 +227,7 @@ def _check_changes(run: RunDirectory, config: RunConfig, alive: dict[str, str]) 
             )
 
 
-def _test_request(spec: JobSpec, site: Site, run: RunDirectory) -> None:
+def check_request(spec: JobSpec, site: Site, run: RunDirectory) -> None:
     """Let Slurm say whether it would take this request. Raises SiteError with its words and a way out."""
     text = script_text(replace(spec, stages=spec.stages[:1], dependency=None), site, run, run.root)
     lines = [line for line in text.splitlines() if line.startswith("#") and not line.startswith("#SBATCH --chdir")]

@@ -92,6 +92,21 @@ def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
     return jobs
 
 
+def settings() -> dict[str, str]:
+    """The controller's configuration. Raises SiteError."""
+    pairs = (line.partition("=") for line in call("scontrol", "show", "config").stdout.splitlines() if "=" in line)
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def partition(name: str | None) -> dict[str, str]:
+    """One partition, the default one for None; empty when there is none of that name. Raises SiteError."""
+    for line in call("scontrol", "--oneliner", "show", "partition").stdout.splitlines():
+        fields = dict(word.split("=", 1) for word in line.split() if "=" in word)
+        if fields.get("PartitionName") == name or (name is None and fields.get("Default") == "YES"):
+            return fields
+    return {}
+
+
 def job_state(job: str) -> str:
     """State of one job, '' when Slurm does not know it (any more) or does not answer."""
     try:

@@ -35,6 +35,8 @@ class JobSpec:
     memory_per_node: str | None
     exclude: tuple[str, ...] = ()
     comment: str = ""
+    is_stage: bool = True
+    """Whether `slurm.restart` decides what happens after it."""
 
     @property
     def node_hours(self) -> float:

@@ -206,7 +206,7 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
         "array_parallelism": scheduler.array_parallelism,
         "signal_delay_s": scheduler.signal_before_end_s,
         "setup": setup_lines(site, code, RANK_ENVIRONMENT, spec.cpus_per_task),
-        "teardown": teardown_lines(site, run, spec.stages),
+        "teardown": teardown_lines(site, run, spec.stages) if spec.is_stage else [],
         "srun_args": srun_options,
         "additional_parameters": options,
     }
