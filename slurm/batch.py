@@ -39,6 +39,10 @@ from slurm.submit import script_text, submit_slurm
 from slurm.worker import StageTask
 
 
+NOT_NOW = "Requested node configuration is not available"
+"""What `sbatch --test-only` says of nodes that are too small, and of nodes that are drained."""
+
+
 @dataclass(frozen=True)
 class Submitted:
     """What a submission did."""
@@ -129,7 +133,7 @@ def dry_run(config: RunConfig, site: Site, plan: Plan) -> str:
 
 def distinct_requests(specs: Sequence[JobSpec]) -> list[JobSpec]:
     """One job for each different request, without what only differs in names and waits."""
-    return list({replace(spec, name="test", stages=("test",), dependency=None): spec for spec in specs})
+    return list({replace(spec, name="", stages=(), dependency=None): spec for spec in specs}.values())
 
 
 def cost_question(specs: Sequence[JobSpec], plan: Plan, site: Site) -> str | None:
@@ -238,6 +242,8 @@ def check_request(spec: JobSpec, site: Site, run: RunDirectory) -> None:
     finally:
         path.unlink(missing_ok=True)
     if result.returncode:
+        if NOT_NOW in result.stderr and commands.has_absent_nodes(spec.partition):
+            return  # a real sbatch decides, and keeps the job for when they are back
         asked_for = (
             f"partition {spec.partition}, {spec.nodes} nodes x {spec.tasks_per_node} ranks, {spec.time_limit_min} min"
         )

@@ -148,6 +148,13 @@ def bad_nodes(nodes: Sequence[str]) -> list[str]:
     return [name for name in nodes if re.search(r"down|fail|unk|drain|\*", states.get(name, ""))]
 
 
+def has_absent_nodes(partition: str | None) -> bool:
+    """Whether a partition (all of them for None) has nodes that take no jobs at the moment."""
+    where = [f"--partition={partition}"] if partition else []
+    text = call("sinfo", "--noheader", "--Node", *where, "--format=%T", check=False).stdout
+    return bool(re.search(r"down|fail|unk|drain|maint|\*", text))
+
+
 def hostnames(nodelist: str) -> list[str]:
     """A node list such as n[1-3,7] written out, by Slurm itself."""
     return call("scontrol", "show", "hostnames", nodelist).stdout.split() if nodelist else []

@@ -72,9 +72,7 @@ def _ranks(seen: Seen) -> Finding:
     stuck = [row for row in rows if row.get("step")]
     missing = sorted(set(range(seen.expected_ranks)) - {int(row["rank"]) for row in rows})
     if missing or stuck:
-        where = (
-            f"rank {stuck[0]['rank']} ended in step {stuck[0]['step']!r}" if stuck else f"ranks {missing} are silent"
-        )
+        where = f"rank {stuck[0]['rank']} ended in {stuck[0]['step']!r}" if stuck else f"ranks {missing} are silent"
         return Finding(topic, "problem", where, why, _remedy(str(stuck[0]["step"])) if stuck else "see the job's log")
     nodes = dict.fromkeys(str(row["node"]) for row in rows)
     waited = f", started after {seen.queued_s:.0f} s in the queue" if seen.queued_s is not None else ""
@@ -114,8 +112,8 @@ def _versions(ranks: Sequence[Mapping[str, Any]]) -> Finding:
 def _network(ranks: Sequence[Mapping[str, Any]]) -> Finding:
     first, slowest = ranks[0], min(float(row["all_to_all_bytes_per_s"]) for row in ranks)
     what = (
-        f"{first['backend']} all-to-all over {first['interface']}: {slowest / 1e9:.2f} GB/s per rank (measured, slowest "
-        f"rank); connected in {max(float(row['connect_s']) for row in ranks):.1f} s"
+        f"{first['backend']} all-to-all over {first['interface']}: {slowest / 1e9:.2f} GB/s per rank (measured, "
+        f"slowest rank); connected in {max(float(row['connect_s']) for row in ranks):.1f} s"
     )
     return Finding("network", "ok", what)
 
@@ -258,7 +256,8 @@ def _wandb(seen: Seen) -> Finding:
     if row.get("wandb"):
         return Finding("W&B", "ok", "api.wandb.ai can be reached from compute nodes")
     return Finding("W&B", "note", f"no way from compute nodes to api.wandb.ai ({row['wandb_reason']})",
-                   "runs are written offline", "on the login node: wandb sync RUN/stages/*/wandb/offline-run-*")  # fmt: skip
+                   "runs are written offline",
+                   "on a login node: wandb sync RUN/stages/*/wandb/offline-run-*")  # fmt: skip
 
 
 def _seconds(text: str) -> float:

@@ -202,7 +202,6 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
         "exclude": ",".join(spec.exclude) or None,
         "dependency": spec.dependency,
         "comment": spec.comment or None,
-        "wckey": None,  # refused by sites that check them
         "array_parallelism": scheduler.array_parallelism,
         "signal_delay_s": scheduler.signal_before_end_s,
         "setup": setup_lines(site, code, RANK_ENVIRONMENT, spec.cpus_per_task),
@@ -210,7 +209,8 @@ def slurm_executor(spec: JobSpec, site: Site, run: RunDirectory, code: Path) -> 
         "srun_args": srun_options,
         "additional_parameters": options,
     }
-    executor.update_parameters(**values)
+    given = {name: value for name, value in values.items() if value is not None}
+    executor.update_parameters(**given, wckey=None)  # submitit's own wckey is refused by sites that check them
     return executor
 
 

@@ -33,3 +33,28 @@ def launch() -> Launch:
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=cwd)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def quickstart(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """Run directory of the shipped quickstart with fewer steps and tokens: every stage kind, for real."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    result = launch("run", *quickstart_command(folder))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"report: {folder / 'quickstart' / 'report.html'}" in result.stdout
+    return folder / "quickstart"
+
+
+def quickstart_command(folder: Path, *more: str) -> list[str]:
+    """What to run or submit: the main job, shortened."""
+    overrides = [
+        f"run_root={folder}",
+        "stages.pretrain.train.steps=60",
+        "stages.pretrain.train.batches.tokens_per_step=2048",
+        "stages.pretrain.train.evaluate_tokens=2048",
+        "stages.lora.train.steps=12",
+        "stages.evaluate.tokens=4096",
+        "stages.evaluate.generate_tokens=12",
+        *more,
+    ]
+    return ["configs/quickstart.yaml", *(word for override in overrides for word in ("--set", override))]

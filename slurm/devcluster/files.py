@@ -37,6 +37,8 @@ class Layout:
     """Whether slurmdbd and MariaDB run, so that `sacct` answers."""
     slurmd_timeout_s: int = 10
     kill_wait_s: int = 15
+    min_job_age_s: int = 300
+    """How long the controller remembers a job that has ended."""
 
     @property
     def path(self) -> Path:
@@ -148,7 +150,7 @@ def slurm_conf(layout: Layout) -> str:
         "SlurmctldTimeout=30",
         "MessageTimeout=10",
         "InactiveLimit=0",
-        "MinJobAge=300",
+        f"MinJobAge={layout.min_job_age_s}",
         "CompleteWait=0",
         "JobAcctGatherType=jobacct_gather/linux",
         "JobAcctGatherFrequency=task=5",

@@ -50,28 +50,3 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> P
     result = launch("run", path, "--set", f"run_root={folder}")
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "small"
-
-
-@pytest.fixture(scope="session")
-def quickstart(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
-    """Run directory of the shipped quickstart with fewer steps and tokens: every stage kind, for real."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    result = launch(*quickstart_command(folder))
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"report: {folder / 'quickstart' / 'report.html'}" in result.stdout
-    return folder / "quickstart"
-
-
-def quickstart_command(folder: Path, *more: str) -> list[str]:
-    """The main job, shortened."""
-    overrides = [
-        f"run_root={folder}",
-        "stages.pretrain.train.steps=60",
-        "stages.pretrain.train.batches.tokens_per_step=2048",
-        "stages.pretrain.train.evaluate_tokens=2048",
-        "stages.lora.train.steps=12",
-        "stages.evaluate.tokens=4096",
-        "stages.evaluate.generate_tokens=12",
-        *more,
-    ]
-    return ["run", "configs/quickstart.yaml", *(word for override in overrides for word in ("--set", override))]

@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.chain.conftest import quickstart_command
-from tests.conftest import ROOT, Launch
+from tests.conftest import ROOT, Launch, quickstart_command
 
 FRESH_LOSS = """
 import sys, numpy, torch
@@ -113,7 +112,7 @@ def test_metrics_rows_carry_loss_speed_routing_and_energy(quickstart: Path) -> N
 
 def test_a_second_launch_reuses_everything(quickstart: Path, launch: Launch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (quickstart / "stages").glob("*/receipt.json")}
-    result = launch(*quickstart_command(quickstart.parent))
+    result = launch("run", *quickstart_command(quickstart.parent))
     assert result.returncode == 0
     assert result.stdout.count("reused") == 11
     assert before == {path: path.stat().st_mtime_ns for path in (quickstart / "stages").glob("*/receipt.json")}
@@ -124,7 +123,7 @@ def test_a_damaged_byte_is_refused_by_the_name_of_its_file(quickstart: Path, lau
     whole = path.read_bytes()
     path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
     try:
-        result = launch(*quickstart_command(quickstart.parent))
+        result = launch("run", *quickstart_command(quickstart.parent))
     finally:
         path.write_bytes(whole)
     assert result.returncode == 4
@@ -150,7 +149,7 @@ def test_the_stage_that_reads_a_damaged_file_refuses_it_too(quickstart: Path, tm
 def test_a_changed_setting_runs_what_depends_on_it_again_and_says_why(quickstart: Path, launch: Launch) -> None:
     copy = quickstart.parent / "changed" / "quickstart"
     shutil.copytree(quickstart, copy, ignore=shutil.ignore_patterns("wandb"))
-    result = launch(*quickstart_command(copy.parent, "stages.quantize.group_size=64"))
+    result = launch("run", *quickstart_command(copy.parent, "stages.quantize.group_size=64"))
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("reused") == 8
     assert "quantize: again: group_size changed from 128 to 64" in result.stdout

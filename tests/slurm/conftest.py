@@ -17,10 +17,11 @@ import pytest
 
 from hpc.run.directory import RunDirectory, read_jsonl
 from slurm.devcluster.cluster import USABLE, Cluster
-from slurm.devcluster.files import Layout
+from slurm.devcluster.files import Layout, Mode
 from tests.conftest import ROOT
 
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch")
+DATABASE = ("slurmdbd", "mariadbd")
 
 SMALL = """\
 name: small
@@ -50,20 +51,25 @@ stages:
 """
 
 
-@pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
-    """Four nodes; every `launch.py` and Slurm command of the session reaches them."""
-    missing = [name for name in PROGRAMS if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
+def make_cluster(layout: Callable[[str, Mode], Layout]) -> Cluster:
+    """Start a cluster; without Slurm's programs the test is skipped, loudly."""
+    needed = [*PROGRAMS, *(DATABASE if layout("", "netns").accounting else ())]
+    missing = [name for name in needed if shutil.which(name, path="/usr/sbin:/usr/bin:/sbin:/bin") is None]
     if missing:
         pytest.skip(f"NO SLURM HERE: {', '.join(missing)} not installed, see README")
     root = tempfile.mkdtemp(prefix="gm-", dir="/tmp")  # short: a socket's path has at most 107 characters
-    mode = os.environ.get("DEVCLUSTER_MODE", "netns" if os.getuid() == 0 else "multi")
-    found = Cluster.up(Layout(root, "netns" if mode == "netns" else "multi"))
-    before = {name: os.environ.get(name) for name in found.environment()}
-    os.environ.update(found.environment())
-    yield found
-    os.environ.update({name: value for name, value in before.items() if value is not None})
-    os.environ.pop("SLURM_CONF", None)
+    mode: Mode = "netns" if os.environ.get("DEVCLUSTER_MODE", "netns") == "netns" and os.getuid() == 0 else "multi"
+    return Cluster.up(layout(root, mode))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """Four nodes; every `launch.py` and Slurm command of the session reaches them."""
+    found = make_cluster(lambda root, mode: Layout(root, mode))
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in found.environment().items():
+            patch.setenv(name, value)
+        yield found
     found.down()
 
 
