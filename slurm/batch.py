@@ -38,7 +38,6 @@ from slurm.state import input_digests
 from slurm.submit import script_text, submit_slurm
 from slurm.worker import StageTask
 
-
 NOT_NOW = "Requested node configuration is not available"
 """What `sbatch --test-only` says of nodes that are too small, and of nodes that are drained."""
 

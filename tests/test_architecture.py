@@ -49,7 +49,12 @@ MAY_IMPORT = {
 """Package -> packages of ours that it may import, besides itself. hpc.stages may import all of hpc."""
 
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
-              "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live"]  # fmt: skip
+              "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
+              "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
+VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "plan", "explain", "schema",
+         "devcluster", "bench")  # fmt: skip
+CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
+"""Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}
 
 
@@ -77,6 +82,8 @@ def test_a_module_imports_only_what_its_place_allows(path: Path) -> None:
         library = module.split(".")[0]
         if library in DOORS:
             assert place in DOORS[library], f"{place} imports {library}; its doors are {DOORS[library]}"
+        if library == "subprocess" and own == "slurm":
+            assert place in CALLS_PROGRAMS, f"{place} calls programs"
         if library == "slurm":
             assert own == "slurm", f"{place} imports slurm: the compute plane does not know the scheduler"
         if library == "hpc" and module != "hpc" and own not in ("hpc.stages", package_of(module)):
@@ -104,9 +111,9 @@ def test_verbs_that_only_tell_something_do_not_load_torch(arguments: list[str]) 
 
 def test_help_lists_the_verbs_in_the_order_of_use_and_all_exit_codes(launch: Launch) -> None:
     text = launch("--help").stdout
-    places = [text.index(f"\n  {verb} ") for verb in ("run", "plan", "explain", "schema")]
+    places = [text.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    for code in (0, 2, 3, 4, 5, 6, 7, 130):
+    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 130):
         assert f"\n  {code:>5}  " in text
 
 

@@ -41,9 +41,9 @@ def test_the_readme_is_short_and_has_its_figures() -> None:
 
 def test_every_folder_has_its_place_in_the_map() -> None:
     text = (ROOT / "README.md").read_text()
-    for path in (ROOT / "hpc").iterdir():
+    for path in [*(ROOT / "hpc").iterdir(), *(ROOT / "slurm").iterdir()]:
         if path.is_dir() and path.name != "__pycache__":
-            assert f"`hpc/{path.name}/`" in text
+            assert f"`{path.relative_to(ROOT)}/`" in text
 
 
 @pytest.mark.slow

@@ -58,12 +58,12 @@ stages:
 
 def text_for(name: str, folder: Path) -> str:
     """The sbatch text of a small chain with two full nodes, at paths that are the same everywhere."""
-    overrides = ["slurm.account=ab12", "python=/work/ab12/venv/bin/python"]
+    overrides = ["slurm.account=ab12", "python=/project/ab12/venv/bin/python"]
     site = load_site(name, overrides)
     ranks = site.machine.ranks_per_node
     config = folder / "golden.yaml"
     config.write_text(CHAIN.format(ranks=ranks, experts=2 * ranks, tokens=64 * 2 * ranks))
-    loaded = load_config(config, ["run_root=/work/ab12/runs"])
+    loaded = load_config(config, ["run_root=/project/ab12/runs"])
     return dry_run(loaded, site, make_plan(loaded, site.machine)) + "\n"
 
 
