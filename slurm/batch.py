@@ -27,7 +27,7 @@ from hpc.plan.show import energy
 from hpc.run.attempts import exclusive, failing_nodes
 from hpc.run.directory import RunDirectory, append_jsonl, read_jsonl, storage_errors, write_atomic, write_json
 from hpc.run.receipt import read_receipt
-from hpc.run.task import asked
+from hpc.run.task import asked, asked_to_learn
 from slurm import commands
 from slurm.chain import stage_plan, task_file
 from slurm.commands import QueuedJob
@@ -303,7 +303,7 @@ def _continue_or_set_aside(run: RunDirectory, stage: Stage, task: Any) -> Any:
     """Keep what an earlier attempt left if it was asked for the same; the worker compares the inputs when it starts."""
     directory = run.stage(stage.name)
     before = type(task).read(directory.task)
-    if asked(before.stage, before.seed) != asked(task.stage, task.seed):
+    if asked_to_learn(before.stage, before.seed) != asked_to_learn(task.stage, task.seed):
         run.supersede(stage.name)
         directory.root.mkdir(parents=True, exist_ok=True)
         return task

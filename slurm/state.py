@@ -7,7 +7,7 @@ from hpc.config import RunConfig, Stage
 from hpc.config.gate import Gate
 from hpc.run.directory import RunDirectory
 from hpc.run.receipt import Receipt, read_receipt, verify
-from hpc.run.task import TaskFile, asked
+from hpc.run.task import TaskFile, asked, asked_to_learn
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ def decide(run: RunDirectory, config: RunConfig, stage: Stage) -> Decision:
     if not directory.task.exists():
         return Decision("run", "not done yet")
     task = TaskFile.read(directory.task)
-    change = describe_change(asked(task.stage, task.seed), asked(stage, config.seed), task.inputs, inputs)
+    before, now = asked_to_learn(task.stage, task.seed), asked_to_learn(stage, config.seed)
+    change = describe_change(before, now, task.inputs, inputs)
     if change:
         return Decision("again", change)
     return Decision("resume", "an earlier attempt did not finish")

@@ -31,7 +31,7 @@ from hpc.run.attempts import (
 )
 from hpc.run.directory import NO_SPACE, RunDirectory, StageDirectory, append_jsonl, full_disk, is_full, read_jsonl
 from hpc.run.receipt import Receipt, code_version, digest, list_files, read_receipt, verify, write_receipt
-from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked
+from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked, asked_to_learn
 from hpc.stages import stage_function
 from hpc.tracking.wandb import Mirror
 from slurm import commands
@@ -209,7 +209,7 @@ def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
 
 def start_mirror(context: Context) -> Mirror:
     """The W&B run of this stage; every attempt with the same inputs and configuration goes on in the same one."""
-    task, wanted = context.task, asked(context.task.stage, context.task.seed)
+    task, wanted = context.task, asked_to_learn(context.task.stage, context.task.seed)
     return Mirror.start(
         task.tracking,
         chain=task.run,
@@ -217,7 +217,7 @@ def start_mirror(context: Context) -> Mirror:
         kind=task.stage.kind,
         folder=context.directory.root,
         identity=f"{task.run_directory} {task.stage.name} {digest(wanted)} {digest(task.inputs)}",
-        config={"run": task.run, "stage": wanted, "inputs": task.inputs},
+        config={"run": task.run, "stage": asked(task.stage, task.seed), "inputs": task.inputs},
     )
 
 

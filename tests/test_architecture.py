@@ -13,6 +13,7 @@ from tests.conftest import ROOT, Launch
 DOORS = {
     "submitit": {"slurm/submit.py"},
     "deepspeed": {"hpc/train/engine.py"},
+    "megablocks": {"hpc/model/experts.py"},
     "peft": {"hpc/adapt/lora.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},

@@ -10,8 +10,8 @@ from hpc.config.base import Frozen
 class Model(Frozen):
     """Shape of a mixture-of-experts transformer, built from a transformers architecture with random weights."""
 
-    architecture: Literal["olmoe", "qwen3_moe"] = "qwen3_moe"
-    """transformers model type. OLMoE: arXiv:2409.02060; Qwen3-MoE: arXiv:2505.09388."""
+    architecture: Literal["mixtral", "olmoe", "qwen3_moe"] = "qwen3_moe"
+    """transformers model type. Mixtral: arXiv:2401.04088; OLMoE: arXiv:2409.02060; Qwen3-MoE: arXiv:2505.09388."""
 
     hidden_size: PositiveInt
     """Width of the residual stream. Multiples of 256 keep every later quantization format open."""
@@ -79,6 +79,9 @@ class Router(Frozen):
     aux_loss: NonNegativeFloat = 0.01
     """Weight of the load-balancing loss, averaged over layers; 0 turns it off. Counts are taken over all ranks."""
 
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the router z-loss (ST-MoE, arXiv:2202.08906), averaged over layers; 0.001 is usual, 0 turns it off."""
+
     @model_validator(mode="after")
     def _check_top_k(self) -> Self:
         if self.top_k > self.num_experts:
@@ -100,8 +103,9 @@ class Parallel(Frozen):
     expert_parallel_size: PositiveInt = 1
     """Ranks that share one set of experts. Must divide the number of ranks and the number of experts."""
 
-    zero_stage: Literal[1, 2] = 1
-    """DeepSpeed ZeRO stage: 1 shards the optimizer states, 2 the gradients too."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """DeepSpeed ZeRO stage: 1 shards the optimizer states, 2 the gradients too, 3 the weights too. Stage 0 is not
+    offered: with expert parallelism its gradient clipping is wrong."""
 
     @property
     def world_size(self) -> int:
@@ -186,6 +190,10 @@ class TrainingBase(Frozen):
 
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; `auto` is bf16 on accelerators and fp32 on CPUs, where bf16 is slower."""
+
+    expert_compute: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
+    """What multiplies the experts' matrices: `grouped_mm` is torch's grouped kernel; `loop` one product per expert, the
+    reference; `megablocks` (arXiv:2211.15841) needs an NVIDIA GPU and its own installation."""
 
     checkpoint_every_steps: PositiveInt = 100
     """Steps between checkpoints; a kill loses at most this many."""

@@ -4,7 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, OlmoeConfig, PretrainedConfig, PreTrainedModel, Qwen3MoeConfig
+from transformers import (
+    AutoModelForCausalLM,
+    MixtralConfig,
+    OlmoeConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3MoeConfig,
+)
 from transformers.utils import logging
 
 from hpc.config import Model, Router
@@ -12,9 +19,6 @@ from hpc.errors import ArtifactError
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-
-PRESETS = {"qwen3_moe": "qwen3_moe", "olmoe": "qwen3_moe"}
-"""transformers model type -> the layer shape that expert parallelism knows (OLMoE's MoE block is Qwen3-MoE's)."""
 
 
 def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, end_of_text_id: int) -> PretrainedConfig:
@@ -40,6 +44,8 @@ def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, en
     }
     if model.architecture == "olmoe":
         return OlmoeConfig(**common)
+    if model.architecture == "mixtral":
+        return MixtralConfig(**{**common, "num_local_experts": common.pop("num_experts"), "sliding_window": None})
     shape: dict[str, Any] = {"head_dim": model.head_dim, "moe_intermediate_size": model.expert_size}
     return Qwen3MoeConfig(**common, **shape, decoder_sparse_step=1, mlp_only_layers=[])
 

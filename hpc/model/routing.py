@@ -6,11 +6,27 @@ to the module that computes the router's logits.
 Shape letters: T tokens of a micro-batch on this rank, E experts, K experts per token, L MoE layers.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What the routers did in the forward passes of one micro-batch."""
+
+    aux_loss: Tensor
+    """Balancing loss, mean over layers: E * sum_e f_e P_e, with f the fraction of assignments that went to expert e
+    over all ranks and P the mean router probability (Switch Transformer, arXiv:2101.03961, eq. 4-6, f divided by K): 1
+    when load is even, E when one expert gets everything. Counts are global, so the mean of the ranks' losses does not
+    depend on the number of ranks."""
+    z_loss: Tensor
+    """Mean over layers and tokens of logsumexp(logits)^2 (ST-MoE, arXiv:2202.08906, eq. 5): keeps logits small."""
+    counts_LE: Tensor
+    """Assignments of all ranks."""
 
 
 class RouterProbe:
@@ -27,16 +43,10 @@ class RouterProbe:
     def _listen(self, _module: nn.Module, _inputs: Any, output: Any) -> None:
         self._logits.append(output[0] if isinstance(output, tuple) else output)
 
-    def collect(self) -> tuple[Tensor, Tensor]:
-        """Balancing loss and global token counts of the forward passes since the last call.
-
-        Returns (loss, counts_LE). The loss of a layer is E * sum_e f_e P_e with f the fraction of assignments that
-        went to expert e over all ranks and P the mean router probability (Switch Transformer, arXiv:2101.03961,
-        eq. 4-6, f divided by K): 1 when load is even, E when one expert gets everything. Counts are global, so the
-        mean of the ranks' losses does not depend on the number of ranks. Collective when a process group exists.
-        """
-        logits, self._logits = self._logits, []
-        probabilities = [torch.softmax(layer.float(), -1) for layer in logits]  # each (T, E)
+    def collect(self) -> Heard:
+        """What was heard since the last call. Collective when a process group exists."""
+        logits, self._logits = [layer.float() for layer in self._logits], []
+        probabilities = [torch.softmax(layer, -1) for layer in logits]  # each (T, E)
         counts_LE = torch.stack(
             [torch.bincount(p.topk(self.top_k, -1).indices.flatten(), minlength=p.shape[-1]) for p in probabilities]
         ).float()
@@ -44,7 +54,9 @@ class RouterProbe:
             dist.all_reduce(counts_LE)
         fractions_LE = counts_LE / counts_LE.sum(-1, keepdim=True)
         mean_LE = torch.stack([p.mean(0) for p in probabilities])
-        return (fractions_LE * mean_LE).sum(-1).mean() * counts_LE.shape[-1], counts_LE
+        aux_loss = (fractions_LE * mean_LE).sum(-1).mean() * counts_LE.shape[-1]
+        z_loss = torch.stack([layer.logsumexp(-1).square().mean() for layer in logits]).mean()
+        return Heard(aux_loss, z_loss, counts_LE)
 
     def discard(self) -> None:
         """Forget what was heard, after passes that do not train."""
@@ -66,4 +78,21 @@ def load_metrics(counts_LE: Tensor) -> dict[str, Any]:
         "router_load": [[round(value, 5) for value in layer] for layer in fractions.tolist()],
         "router_max_over_mean": float(fractions.max(-1).values.max() * fractions.shape[-1]),
         "router_min_entropy": float(entropy.min()) if fractions.shape[-1] > 1 else 1.0,
+    }
+
+
+PASSPORT = "router_passport.json"
+"""Beside the weights of a checkpoint and of a model: where its tokens went."""
+
+
+def passport(counts_LE: Tensor, top_k: int, first_step: int, last_step: int) -> dict[str, Any]:
+    """Assignments per layer and expert over a window of training steps, for what comes after: calibration, the choice
+    of experts to adapt, bits per expert, memory under imbalance."""
+    return {
+        "first_step": first_step,
+        "last_step": last_step,
+        "top_k": top_k,
+        "tokens": round(float(counts_LE[0].sum()) / top_k),
+        "assignments": [[round(value) for value in layer] for layer in counts_LE.tolist()],
+        "provenance": "measured: assignments of all ranks in the training steps first_step..last_step",
     }

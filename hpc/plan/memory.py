@@ -2,7 +2,8 @@
 
 States: ZeRO (arXiv:1910.02054, section 3): weights and gradients at compute precision, fp32 master weights (when the
 compute precision is lower) and two Adam moments; stage 1 shards master and moments over data-parallel ranks, stage 2
-the gradients too. Experts are split over the expert-parallel group first and sharded over its replicas.
+the gradients too, stage 3 the weights too (the layer at work is gathered). Experts are split over the expert-parallel
+group first and sharded over its replicas.
 Activations: what autograd keeps for a transformer block without recomputation, counted tensor by tensor below.
 """
 
@@ -17,6 +18,9 @@ def training_bytes_per_rank(
     item = 4 if precision == "fp32" else 2
     ranks, ep = settings.parallel.world_size, settings.parallel.expert_parallel_size
     weights = item * (parameters.dense + parameters.experts / ep)
+    if settings.parallel.zero_stage == 3:
+        at_work = (parameters.dense + parameters.experts / ep) / model.num_layers
+        weights = item * (parameters.dense / ranks + parameters.experts / ranks + at_work)
     if isinstance(settings, AdapterTraining):
         trained = float(count_adapter(model, router, settings))
         states = _state_bytes(trained, ranks, settings, item)

@@ -47,7 +47,8 @@ def count(model: Model, router: Router, vocab_size: int) -> Parameters:
     """Count a model's parameters. SwiGLU experts have three H x I matrices; nothing has a bias."""
     h, layers, d = model.hidden_size, model.num_layers, model.head_dim
     q, kv = model.num_attention_heads * d, model.kv_heads * d
-    head_norms = q + kv if model.architecture == "olmoe" else 2 * d  # OLMoE normalises whole q and k, Qwen3 each head
+    # OLMoE normalises whole queries and keys, Qwen3 those of each head, Mixtral neither.
+    head_norms = {"olmoe": q + kv, "qwen3_moe": 2 * d, "mixtral": 0}[model.architecture]
     expert = 3 * h * model.expert_size
     return Parameters(
         embedding=vocab_size * h,

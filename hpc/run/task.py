@@ -63,6 +63,20 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
     return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
 
 
+LAYOUT = {"parallel", "precision", "expert_compute", "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
+          "evaluate_every_steps", "evaluate_tokens"}  # fmt: skip
+"""Keys of a training stage that say where and how it computes, not what."""
+
+
+def asked_to_learn(stage: Stage, seed: int) -> dict[str, Any]:
+    """`asked` without what may change between two attempts: a stage goes on from its checkpoint on other ranks."""
+    config = asked(stage, seed)
+    if "train" in config:
+        config["train"] = {key: value for key, value in config["train"].items() if key not in LAYOUT}
+        config["train"]["batches"] = {k: v for k, v in config["train"]["batches"].items() if k != "micro_batch_size"}
+    return config
+
+
 @dataclass
 class StopRequest:
     """Set by signals on any rank. Training defers it to a step boundary; elsewhere it ends the stage at once."""

@@ -7,8 +7,10 @@ from pathlib import Path
 from hpc.config import Pretrain
 from hpc.data.store import TokenStore
 from hpc.model.build import build_model, model_config, save_model
+from hpc.model.routing import PASSPORT
 from hpc.plan.flops import training_flops_per_token
 from hpc.plan.params import count
+from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files, token_facts
 from hpc.train.engine import pick_device, start_process_group
@@ -33,6 +35,7 @@ def run(context: Context) -> Result:
         aux_loss=settings.router.aux_loss,
         train_tokens=TokenStore(tokens / "train"),
         held_out_tokens=TokenStore(tokens / "held_out"),
+        z_loss=settings.router.z_loss,
     )
     trained = train(context, job)
 
@@ -45,6 +48,7 @@ def run(context: Context) -> Result:
         shutil.rmtree(staging, ignore_errors=True)
         written = save_model(config, state, staging)
         copy_tokenizer_files(tokens / "tokenizer", staging)
+        write_json(staging / PASSPORT, trained.passport)
         Path(staging).rename(artifact)
         return written
 

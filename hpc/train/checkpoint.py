@@ -1,12 +1,12 @@
 """Checkpoints that are complete or not there: staged, hashed, published by one rename, verified before they are read.
 
-    checkpoints/step-00000100/MANIFEST.json   files with size and XXH3-128, step, layout (world, EP, ZeRO, config)
-    checkpoints/step-00000100/engine/...      what DeepSpeed wrote
+    checkpoints/step-00000100/MANIFEST.json   files with size and XXH3-128, step, digests of stage and inputs
+    checkpoints/step-00000100/fragments-*     weights and optimizer states, for any layout (hpc/train/fragments.py)
     checkpoints/committed.jsonl               one line per published checkpoint
     checkpoints/bad-step-...                  a checkpoint that failed its hashes, kept out of the way
 
 A published checkpoint is never modified. `latest` does not exist: the newest directory that verifies is the latest.
-DeepSpeed's files are pickles; they are read only after their hashes match a manifest of the same owner.
+Nothing in it is a pickle, and nothing is read before its hash matches the manifest.
 """
 
 import json
@@ -34,8 +34,8 @@ class Checkpoints:
 
     root: Path
     world: World
-    layout: dict[str, Any]
-    """World size, expert parallelism, ZeRO stage, configuration hash: a checkpoint of another one is refused."""
+    origin: dict[str, Any]
+    """Digests of what is learned, from what: a checkpoint of something else is refused."""
     keep: int
 
     def save(self, step: int, attempt: int, write: Callable[[Path], None]) -> float:
@@ -51,7 +51,7 @@ class Checkpoints:
         dist.barrier()
         files = self._hash(staging)
         if self.world.is_first:
-            manifest = {"step": step, "attempt": attempt, "time": time.time(), "layout": self.layout, "files": files}
+            manifest = {"step": step, "attempt": attempt, "time": time.time(), "origin": self.origin, "files": files}
             write_json(staging / MANIFEST, manifest)
             with storage_errors(self.root):
                 final = self.root / f"step-{step:08d}"
@@ -68,7 +68,7 @@ class Checkpoints:
         """Folder and step of the newest checkpoint that verifies; None when none was ever published.
 
         A damaged one is moved aside and the one before it is tried. Raises ArtifactError when all are damaged, or
-        when the newest good one was written with another layout.
+        when the newest good one is of something else.
         """
         while True:
             names = [sorted(path.name for path in self.root.glob("step-*")) if self.root.exists() else []]
@@ -84,7 +84,7 @@ class Checkpoints:
             damaged = self._damaged(folder)
             if damaged is None:
                 manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-                self._check_layout(folder, manifest["layout"])
+                self._check_origin(folder, manifest["origin"])
                 return folder, int(manifest["step"])
             dist.barrier()
             if self.world.is_first:
@@ -125,8 +125,8 @@ class Checkpoints:
         dist.all_gather_object(answers, problem)
         return next((answer for answer in answers if answer), None)
 
-    def _check_layout(self, folder: Path, found: dict[str, Any]) -> None:
-        for key, value in self.layout.items():
+    def _check_origin(self, folder: Path, found: dict[str, Any]) -> None:
+        for key, value in self.origin.items():
             if found.get(key) != value:
                 raise ArtifactError(
                     f"{folder} was written with {key} = {found.get(key)}, this run has {value}: use the same value, or "

@@ -21,8 +21,9 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hpc.config import TrainingBase
-from hpc.errors import ArtifactError
+from hpc.model.experts import check_available, use_backend
 from hpc.run.task import World
+from hpc.train.fragments import ExpertPlace, Fragment, read_fragments, write_fragments, zero_fragments
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 """A collective that waits longer than this means a lost rank; the libraries' own limits are 10 to 30 minutes."""
@@ -48,7 +49,11 @@ def start_process_group(world: World, device: str) -> None:
     )
 
 
-def deepspeed_config(settings: TrainingBase, precision: str) -> dict[str, Any]:
+PRESETS = {"olmoe": "qwen3_moe"}
+"""transformers model type -> the layer shape that AutoEP knows, where its name differs: OLMoE's is Qwen3-MoE's."""
+
+
+def deepspeed_config(settings: TrainingBase, precision: str, model_type: str) -> dict[str, Any]:
     """DeepSpeed's configuration for a training stage, with the user's overlay on top."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batches.micro_batch_size,
@@ -66,7 +71,7 @@ def deepspeed_config(settings: TrainingBase, precision: str) -> dict[str, Any]:
         config["expert_parallel"] = {
             "enabled": True,
             "autoep_size": settings.parallel.expert_parallel_size,
-            "use_grouped_mm": True,
+            "preset_model": PRESETS.get(model_type, model_type),
         }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
@@ -82,15 +87,18 @@ class Engine:
             precision = "bf16" if device == "cuda" else "fp32"
         self.precision, self.settings, self.device = precision, settings, device
         self._expert_parallel = settings.parallel.expert_parallel_size > 1
+        check_available(settings.expert_compute, device)
         if self._expert_parallel:
             _apply_autoep_shim()
+        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             optimizer=lambda _: self._optimizer(model),
-            config=deepspeed_config(settings, precision),
+            config=deepspeed_config(settings, precision, model_type),
         )
         self.module: nn.Module = self._engine.module
+        use_backend(self.module, settings.expert_compute)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """AdamW over two groups, matrices with weight decay, the rest without; called once experts are placed."""
@@ -131,14 +139,34 @@ class Engine:
         return None if norm is None else float(norm)
 
     def save(self, folder: Path) -> None:
-        """Write weights of trained parameters, optimizer and counters below `folder`. Collective."""
-        self._engine.save_checkpoint(str(folder), tag="engine", save_latest=False, exclude_frozen_parameters=True)
+        """Write this rank's fragments of weights and optimizer states into `folder`. No collective is needed."""
+        write_fragments(folder, dist.get_rank(), self._fragments(), self._engine.global_steps)
 
     def load(self, folder: Path) -> None:
-        """Read what `save` wrote, with the same layout. Collective. Raises ArtifactError when there is nothing."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag="engine", load_module_strict=False)
-        if path is None:
-            raise ArtifactError(f"DeepSpeed finds no checkpoint in {folder}: delete it to fall back to the one before")
+        """Read what `save` wrote with any number of ranks, expert parallelism and ZeRO stage. Collective.
+
+        Raises ArtifactError when the checkpoint lacks an element of this model.
+        """
+        optimizer = self._engine.optimizer
+        step = read_fragments(folder, self._fragments())
+        for state in optimizer.optimizer.state.values():
+            state["step"] = torch.tensor(float(step))  # one for each: a shared one would advance once per group
+        if self.settings.parallel.zero_stage == 3:
+            for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(group)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        else:
+            optimizer.update_lp_params()
+        self._engine.global_steps = step
+        self._engine.micro_steps = step * self.settings.gradient_accumulation_steps
+
+    def _fragments(self) -> list[Fragment]:
+        size = self.settings.parallel.expert_parallel_size
+        rank = deepspeed.utils.groups._get_expert_parallel_rank(f"ep_size_{size}") if size > 1 else 0
+        place = ExpertPlace(rank, size)
+        return zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, place)
 
     def state_in_transformers_layout(self) -> dict[str, Tensor]:
         """All weights in fp32 under their transformers names, on the CPU. Collective; rank 0's result is complete.
@@ -162,7 +190,7 @@ class Engine:
         return state
 
     def _full_value(self, parameter: nn.Parameter) -> Tensor:
-        if self.precision == "fp32":
+        if self.precision == "fp32" and self.settings.parallel.zero_stage < 3:
             return parameter.detach().clone()
         full: Tensor = safe_get_full_fp32_param(parameter)
         return full.detach().clone()

@@ -5,10 +5,13 @@ finite and whether somebody asked to stop; update; log; now and then measure the
 The state of the loop is the step number: data position, learning rate and schedule are functions of it.
 """
 
+import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +24,10 @@ from hpc.data.store import TokenStore
 from hpc.energy.meter import EnergyMeter
 from hpc.errors import StageError, Stopped
 from hpc.evaluate.loss import held_out_loss, token_losses
-from hpc.model.routing import RouterProbe, load_metrics
+from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport
+from hpc.run.directory import write_json
 from hpc.run.receipt import digest
-from hpc.run.task import Context, asked
+from hpc.run.task import Context, asked_to_learn
 from hpc.tracking.metrics import Metrics, history, replayed_steps
 from hpc.train.checkpoint import Checkpoints
 from hpc.train.engine import Engine
@@ -43,6 +47,7 @@ class Job:
     aux_loss: float
     train_tokens: TokenStore
     held_out_tokens: TokenStore
+    z_loss: float = 0.0
     measure_before: bool = False
     """Whether the held-out loss over all tokens is measured before the first step, to compare with the last one."""
 
@@ -61,6 +66,8 @@ class Trained:
     """Median over this attempt's steps; None when the attempt did none."""
     replayed_steps: int
     checkpoints: Checkpoints
+    passport: dict[str, Any] | None
+    """Where tokens went between the last two checkpoints."""
 
 
 def train(context: Context, job: Job) -> Trained:
@@ -89,21 +96,20 @@ class _Loop:
             world.size,
             context.task.seed,
         )
-        layout = {
-            "world_size": world.size,
-            "expert_parallel_size": settings.parallel.expert_parallel_size,
-            "zero_stage": settings.parallel.zero_stage,
-            "precision": self.engine.precision,
-            "stage": digest(asked(context.task.stage, context.task.seed)),
+        origin = {
+            "stage": digest(asked_to_learn(context.task.stage, context.task.seed)),
             "inputs": digest(context.task.inputs),
         }
-        self.checkpoints = Checkpoints(context.directory.checkpoints, world, layout, settings.keep_checkpoints)
+        self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
         self.metrics = Metrics(context.directory.metrics, context.mirror) if world.is_first else None
         self.meter = EnergyMeter(context.directory.root, context.attempt)
         self.step_seconds: list[float] = []
         self.save_seconds = 0.0
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}
+        self.window: torch.Tensor | None = None
+        self.window_from = 0
+        self.passport: dict[str, Any] | None = None
 
     def run(self) -> Trained:
         start = self._resume()
@@ -111,7 +117,7 @@ class _Loop:
         if start == 0:
             before = self._evaluate(None) if self.job.measure_before else None
             self._log(0, {"heldout_loss": self._evaluate(settings.evaluate_tokens), "heldout_loss_before": before})
-        saved = start
+        saved = self.window_from = start
         for step in range(start, settings.steps):
             began = time.monotonic()
             rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
@@ -126,7 +132,7 @@ class _Loop:
             if due or stop:
                 if self.context.world.is_first:
                     self.context.check_fence()
-                seconds = self.checkpoints.save(done, self.context.attempt, self.engine.save)
+                seconds = self.checkpoints.save(done, self.context.attempt, partial(self._save, done))
                 self.save_seconds = max(self.save_seconds, seconds)
                 saved = done
             if stop and done < settings.steps:
@@ -141,6 +147,7 @@ class _Loop:
             tokens_per_s=settings.batches.tokens_per_step / ordered[len(ordered) // 2] if ordered else None,
             replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
+            passport=self.passport,
         )
 
     def _resume(self) -> int:
@@ -150,7 +157,18 @@ class _Loop:
         folder, step = found
         self.context.progress(f"resuming from step {step}")
         self.engine.load(folder)
+        if (folder / PASSPORT).exists():
+            self.passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
         return step
+
+    def _save(self, done: int, folder: Path) -> None:
+        """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
+        self.engine.save(folder)
+        if self.window is not None:
+            self.passport = passport(self.window, self.job.top_k, self.window_from + 1, done)
+            self.window, self.window_from = None, done
+        if self.context.world.is_first and self.passport is not None:
+            write_json(folder / PASSPORT, self.passport)
 
     def _update(self, step: int, rate: float) -> bool:
         """One optimizer step; returns whether some rank wants to stop."""
@@ -160,15 +178,16 @@ class _Loop:
         for number, batch in enumerate(batches):
             ids = torch.from_numpy(batch)
             loss = token_losses(self.engine.forward(ids[:, :-1]), ids[:, 1:]).mean()
-            aux, load = self.probe.collect()
-            counts = load if counts is None else counts + load
+            heard = self.probe.collect()
+            counts = heard.counts_LE if counts is None else counts + heard.counts_LE
             total += loss.detach()
-            self.engine.backward(loss + self.job.aux_loss * aux if self.job.aux_loss else loss)
+            self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
             if number + 1 == len(batches):
                 stop = self._agree(total / len(batches), step)
             self.engine.step(rate)
         assert counts is not None
         self.routing = load_metrics(counts.cpu())
+        self.window = counts.cpu() if self.window is None else self.window + counts.cpu()
         return stop
 
     def _agree(self, loss: torch.Tensor, step: int) -> bool:

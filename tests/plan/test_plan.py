@@ -16,7 +16,9 @@ from slurm.site import load_site
 from tests.conftest import Launch
 
 
-@pytest.mark.parametrize(("architecture", "kv_heads"), [("qwen3_moe", 4), ("qwen3_moe", 2), ("olmoe", 4)])
+@pytest.mark.parametrize(
+    ("architecture", "kv_heads"), [("qwen3_moe", 4), ("qwen3_moe", 2), ("olmoe", 4), ("mixtral", 2)]
+)
 def test_parameters_are_those_that_transformers_builds(architecture: str, kv_heads: int) -> None:
     import torch
     from transformers import AutoModelForCausalLM

@@ -12,7 +12,7 @@ from hpc.errors import ArtifactError
 from hpc.run.task import World
 from hpc.train.checkpoint import MANIFEST, Checkpoints
 
-LAYOUT = {"world_size": 1, "expert_parallel_size": 1}
+ORIGIN = {"stage": "a1", "inputs": "b2"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +24,7 @@ def _group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def checkpoints(root: Path, **changes: Any) -> Checkpoints:
-    return Checkpoints(root, World(), {**LAYOUT, **changes}, keep=2)
+    return Checkpoints(root, World(), {**ORIGIN, **changes}, keep=2)
 
 
 def save(root: Path, step: int) -> None:
@@ -88,15 +88,15 @@ def test_when_all_are_damaged_training_does_not_silently_start_again(tmp_path: P
         newest_step(tmp_path)
 
 
-def test_a_checkpoint_of_another_layout_is_refused_with_both_values(tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_is_refused_with_both_values(tmp_path: Path) -> None:
     save(tmp_path, 10)
-    with pytest.raises(ArtifactError, match="written with expert_parallel_size = 1, this run has 2"):
-        checkpoints(tmp_path, expert_parallel_size=2).newest()
+    with pytest.raises(ArtifactError, match="written with inputs = b2, this run has c3"):
+        checkpoints(tmp_path, inputs="c3").newest()
 
 
 def test_the_manifest_says_what_the_checkpoint_is(tmp_path: Path) -> None:
     save(tmp_path, 10)
     content = json.loads((tmp_path / "step-00000010" / MANIFEST).read_text())
     assert content["step"] == 10
-    assert content["layout"] == LAYOUT
+    assert content["origin"] == ORIGIN
     assert [entry["path"] for entry in content["files"]] == ["engine/states.pt"]

@@ -1,0 +1,158 @@
+"""Expert compute behind one protocol: a linear layer whose rows belong to different experts.
+
+    y[n] = x[n] @ weight[e(n)].T        rows sorted by expert, counts[e] rows for expert e
+
+Everything around it (dispatch, SwiGLU, combination) is the same for every backend, and every backend serves both
+transformers' fused experts and DeepSpeed's expert-parallel layer.
+
+Shape letters: T tokens, K experts per token, N = T*K rows sorted by expert, E experts, H hidden, I intermediate,
+O and D output and input width of one linear layer.
+"""
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hpc.errors import ConfigError
+
+GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_ND, weight_EOD, counts_E) -> y_NO. Rows past the sum of the counts are padding: what they hold is undefined."""
+
+
+def grouped_mm(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """torch's grouped matrix product: one kernel for all experts, forward and backward."""
+    offsets_E = counts_E.cumsum(0, dtype=torch.int32)
+    return functional.grouped_mm(x_ND, weight_EOD.transpose(-2, -1), offs=offsets_E)
+
+
+def loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """One product per expert: the reference. Experts without rows stay in the graph and get a zero gradient."""
+    counts = counts_E.tolist()
+    parts = [rows @ weight.T for rows, weight in zip(x_ND[: sum(counts)].split(counts), weight_EOD, strict=True)]
+    padding = x_ND.new_zeros(x_ND.shape[0] - sum(counts), weight_EOD.shape[1])
+    return torch.cat([*parts, padding])
+
+
+def megablocks(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
+    """MegaBlocks' grouped GEMM (arXiv:2211.15841): bf16 on a GPU, counts on the host, weights as transformers has
+    them. Its own MoE layers are not used: one of them drops tokens, and its block-sparse one overflows int16."""
+    rows = int(counts_E.sum())
+    y_NO = _gmm()(x_ND[:rows], weight_EOD, counts_E.to("cpu", torch.int64), trans_b=True)
+    return functional.pad(y_NO, (0, 0, 0, x_ND.shape[0] - rows))
+
+
+BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_mm, "loop": loop, "megablocks": megablocks}
+
+
+def check_available(backend: str, device: str) -> None:
+    """Raise ConfigError when a backend cannot run here, with the way to get it."""
+    if backend == "megablocks":
+        _gmm()
+        if device != "cuda":
+            raise ConfigError("train.expert_compute = megablocks needs an NVIDIA GPU: take grouped_mm")
+
+
+def _gmm() -> Callable[..., Tensor]:
+    """MegaBlocks' grouped GEMM. Raises ConfigError when it is not installed."""
+    try:
+        from megablocks import grouped_gemm_util
+    except ImportError as error:
+        raise ConfigError(
+            f"train.expert_compute = megablocks, but it cannot be imported ({error}): PyPI's 0.10.0 pins torch "
+            "2.7; on a CUDA 12 node: pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1 "
+            "grouped_gemm==0.3.0 (TORCH_CUDA_ARCH_LIST set); or take grouped_mm"
+        ) from None
+    found: Callable[..., Tensor] = grouped_gemm_util.ops.gmm
+    return found
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows in another order. The gradient of a permutation is its inverse: gathered, never accumulated."""
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, order_N: Tensor, inverse_N: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        return x_ND.index_select(0, order_N)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        return gradients[0].index_select(0, inverse_N), None, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """Every token once for each of its experts, sorted by expert. The gradient is a gather and a sum over K."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, order_N: Tensor, inverse_N: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_N)
+        ctx.top_k = top_k
+        return x_TH.index_select(0, order_N // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        (inverse_N,) = ctx.saved_tensors
+        gradient = gradients[0].index_select(0, inverse_N)
+        return gradient.view(-1, ctx.top_k, gradient.shape[-1]).sum(1), None, None, None
+
+
+_dispatch: Callable[..., Tensor] = _Dispatch.apply
+_reorder: Callable[..., Tensor] = _Reorder.apply
+
+
+def swiglu_experts(
+    linear: GroupedLinear, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """Output (T, H) of a layer of SwiGLU experts. gate_up (E, 2I, H) holds the gate first; down is (E, H, I)."""
+    top_k = chosen_TK.shape[-1]
+    order_N = chosen_TK.flatten().argsort(stable=True)
+    inverse_N = torch.empty_like(order_N)
+    inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
+    counts_E = torch.bincount(chosen_TK.flatten(), minlength=gate_up.shape[0])
+    gate_NI, up_NI = linear(_dispatch(x_TH, order_N, inverse_N, top_k), gate_up, counts_E).chunk(2, -1)
+    y_NH = linear(functional.silu(gate_NI) * up_NI, down, counts_E)
+    y_TKH = _reorder(y_NH, inverse_N, order_N).view(*chosen_TK.shape, -1)
+    return (y_TKH * weights_TK.unsqueeze(-1).to(y_TKH.dtype)).sum(1)
+
+
+def use_backend(model: nn.Module, backend: str) -> None:
+    """Let all experts of a model compute with a backend: transformers' fused layers and DeepSpeed's local ones.
+
+    Call it after DeepSpeed has put its layers in place. Idempotent; a dense model is left as it is.
+    """
+    linear = BACKENDS[backend]
+    for module in model.modules():
+        if type(module).__name__ == "GroupedExperts":
+            module.forward = MethodType(expert_parallel_forward(linear), module)
+        elif hasattr(module, "_is_expert_parallel"):  # set by transformers' decorator of fused experts
+            module.forward = MethodType(transformers_forward(linear), module)
+
+
+def transformers_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
+    """What transformers calls in place of its own experts' forward."""
+
+    def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        gate_up, down = self.gate_up_proj, self.down_proj
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
+        return swiglu_experts(linear, hidden_states, top_k_index, top_k_weights, gate_up, down)
+
+    return forward
+
+
+def expert_parallel_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
+    """What replaces the forward of DeepSpeed's local experts: w1 (E, I, H) gate, w3 up, w2 (E, H, I) down."""
+
+    def forward(self: nn.Module, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
+        gate, up, down = self.w1, self.w3, self.w2
+        assert isinstance(gate, Tensor)
+        assert isinstance(up, Tensor)
+        assert isinstance(down, Tensor)
+        h_NI = functional.silu(linear(x, gate, num_tokens_per_expert)) * linear(x, up, num_tokens_per_expert)
+        return linear(h_NI, down, num_tokens_per_expert)
+
+    return forward
