@@ -79,6 +79,27 @@ def test_a_run_killed_with_its_process_group_resumes_and_ends_bit_for_bit_the_sa
     assert receipts[0]["metrics"]["replayed_steps"] >= 4
 
 
+def test_a_killed_run_goes_on_with_fewer_ranks_and_another_layout(
+    small: Path, uninterrupted: Path, launch: Launch
+) -> None:
+    run = small.parent / "small"
+    process = start(small)
+    wait_for_step(run, 25, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+    train = "stages.pretrain.train"
+    alone = ["--set", f"{train}.parallel={{zero_stage: 2}}", "--set", f"{train}.batches.micro_batch_size=8"]
+    result = launch("run", small, "--set", f"run_root={small.parent}", *alone)
+    assert result.returncode == 0, result.stderr
+    assert "pretrain: resume: an earlier attempt did not finish" in result.stdout
+    undisturbed = {row["step"]: row["loss"] for row in rows(uninterrupted) if row.get("loss")}
+    second = {row["step"]: row["loss"] for row in rows(run) if row["attempt"] == 2 and row.get("loss")}
+    assert min(second) == 21
+    for step in range(21, 25):
+        assert second[step] == pytest.approx(undisturbed[step], abs=1e-5)
+
+
 def test_energy_of_a_killed_attempt_stays_in_the_ledger(small: Path, launch: Launch) -> None:
     run = small.parent / "small"
     process = start(small)
