@@ -196,6 +196,10 @@ def _preemption(seen: Seen) -> Finding:
     mode = seen.partition.get("PreemptMode", seen.settings.get("PreemptMode", "unknown"))
     told = "preempt_send_user_signal" in seen.settings.get("SlurmctldParameters", "")
     grace = _seconds(seen.partition.get("GraceTime", "0"))
+    stated = seen.site.slurm.preemption if seen.site.slurm else None
+    if stated and not mode.upper().startswith(stated.upper()):
+        return Finding("preemption", "note", f"Slurm says {mode}, the site file {stated}",
+                       "what a preemption costs is other than planned", "correct slurm.preemption")  # fmt: skip
     if mode.upper().startswith("OFF"):
         return Finding("preemption", "ok", f"off in partition {seen.partition.get('PartitionName', '?')}")
     what = f"{mode}, GraceTime {grace:.0f} s, preempt_send_user_signal {'on' if told else 'off'}"
@@ -246,6 +250,8 @@ def _counters(seen: Seen) -> Finding:
     if per_node and all(per_node.values()):
         return Finding("power counters", "ok", f"{', '.join(next(iter(per_node.values())))} on every node")
     reason = f" ({notes[0]})" if notes else ""
+    if seen.site.power_counters:
+        reason += f", though the site file names {', '.join(seen.site.power_counters)}"
     return Finding("power counters", "note", f"none can be read{reason}",
                    "energy will be estimated by the site's power model, and say so",
                    "ask the site for pm_counters or readable RAPL")  # fmt: skip
@@ -255,7 +261,8 @@ def _wandb(seen: Seen) -> Finding:
     row = seen.ranks[0]
     if row.get("wandb"):
         return Finding("W&B", "ok", "api.wandb.ai can be reached from compute nodes")
-    return Finding("W&B", "note", f"no way from compute nodes to api.wandb.ai ({row['wandb_reason']})",
+    reason = f"{row['wandb_reason']}{', though the site file says so' if seen.site.outgoing_network else ''}"
+    return Finding("W&B", "note", f"no way from compute nodes to api.wandb.ai ({reason})",
                    "runs are written offline",
                    "on a login node: wandb sync RUN/stages/*/wandb/offline-run-*")  # fmt: skip
 

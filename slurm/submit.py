@@ -158,7 +158,7 @@ def _terminal_signals_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-class _Executor(SlurmExecutor):  # type: ignore[misc]
+class _Executor(SlurmExecutor):  # type: ignore[misc]  # submitit has no types
     """Writes job scripts on machines without Slurm too (dry run); submitting there fails with sbatch's absence."""
 
     @classmethod

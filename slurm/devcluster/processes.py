@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterable
@@ -64,13 +63,6 @@ def is_alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def port_is_open(host: str, port: int) -> bool:
-    """Whether something listens."""
-    with suppress(OSError), socket.create_connection((host, port), 0.5):
-        return True
-    return False
 
 
 def tree(pid: int) -> list[psutil.Process]:

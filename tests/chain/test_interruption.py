@@ -50,6 +50,14 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
     pytest.fail(f"step {step} was not reached in two minutes")
 
 
+def kill_at_step(small: Path, step: int) -> None:
+    """Run the small chain and pull the plug of its whole process group."""
+    process = start(small)
+    wait_for_step(small.parent / "small", step, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
 def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
@@ -83,10 +91,7 @@ def test_a_killed_run_goes_on_with_fewer_ranks_and_another_layout(
     small: Path, uninterrupted: Path, launch: Launch
 ) -> None:
     run = small.parent / "small"
-    process = start(small)
-    wait_for_step(run, 25, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at_step(small, 25)
 
     train = "stages.pretrain.train"
     alone = ["--set", f"{train}.parallel={{zero_stage: 2}}", "--set", f"{train}.batches.micro_batch_size=8"]
@@ -102,10 +107,7 @@ def test_a_killed_run_goes_on_with_fewer_ranks_and_another_layout(
 
 def test_energy_of_a_killed_attempt_stays_in_the_ledger(small: Path, launch: Launch) -> None:
     run = small.parent / "small"
-    process = start(small)
-    wait_for_step(run, 12, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    kill_at_step(small, 12)
     assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
     from hpc.energy.ledger import stage_energy
 

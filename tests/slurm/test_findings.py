@@ -9,6 +9,7 @@ from slurm.findings import Finding, Seen, examine
 from slurm.site import load_site
 
 SITE = load_site("devcluster", ["slurm.cpus_per_task=2"])
+UNKNOWN = load_site("devcluster", ["slurm.preemption=null"])
 VERSIONS = {"torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 
 
@@ -68,9 +69,11 @@ def test_a_good_site_is_well_in_every_respect() -> None:
         ("signals", "problem", "rank 1 on n1 did not hear USR2",
          {"ranks": [rank(0), rank(1, signal_heard=False), rank(2), rank(3)]}),
         ("requeue", "problem", "switched it off", {"ranks": [rank(n, job_requeue=False) for n in range(4)]}),
-        ("preemption", "note", "CANCEL", {"partition": {"PreemptMode": "CANCEL"}}),
+        ("preemption", "note", "CANCEL", {"partition": {"PreemptMode": "CANCEL"}, "site": UNKNOWN}),
+        ("preemption", "note", "Slurm says CANCEL, the site file requeue", {"partition": {"PreemptMode": "CANCEL"}}),
         ("preemption", "note", "preempt_send_user_signal off", {"settings": {"KillWait": "30 sec"}}),
-        ("preemption", "ok", "off in partition p", {"partition": {"PreemptMode": "OFF", "PartitionName": "p"}}),
+        ("preemption", "ok", "off in partition p",
+         {"partition": {"PreemptMode": "OFF", "PartitionName": "p"}, "site": UNKNOWN}),
         ("saving", "problem", "signal 30 s before the limit", {"checkpoint_bytes": 4e10}),
         ("saving", "note", "GraceTime 5 s is shorter",
          {"checkpoint_bytes": 4e9, "partition": {"PreemptMode": "REQUEUE", "GraceTime": "00:00:05"}}),
