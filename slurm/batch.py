@@ -5,8 +5,7 @@
     {"event": "cancel", "time", "stages"}
 
 RUN/submissions.jsonl is what makes a second `submit` harmless: a stage whose job is alive is left alone, a done one is
-left out. The job of a launcher that died between sbatch
-and its record is found by the token in its comment.
+left out. The job of a launcher that died between sbatch and its record is found by the token in its comment.
 """
 
 import contextlib
