@@ -192,15 +192,16 @@ class ProbeTask:
         return {"wandb": True}
 
     def _signals(self, world: World, job: str, heard: threading.Event) -> dict[str, Any]:
-        import torch
-
-        torch.distributed.barrier()
-        if world.is_first:
-            commands.call("scancel", "--signal=USR2", job)
+        """Rank 0 signals the job once all ranks wait for it. No collective is under way then: a rank may leave at once."""
         deadline = time.monotonic() + SIGNAL_S
-        while not heard.is_set() and time.monotonic() < deadline:
+        if world.is_first:
+            while (
+                any(row["step"] != "signals" for row in read_ranks(Path(self.folder))) and time.monotonic() < deadline
+            ):
+                time.sleep(0.05)
+            commands.call("scancel", "--signal=USR2", job)
+        while not heard.is_set() and time.monotonic() < deadline + SIGNAL_S:
             time.sleep(0.05)
-        torch.distributed.destroy_process_group()
         return {"signal_heard": heard.is_set()}
 
 
