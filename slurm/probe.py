@@ -192,7 +192,7 @@ class ProbeTask:
         return {"wandb": True}
 
     def _signals(self, world: World, job: str, heard: threading.Event) -> dict[str, Any]:
-        """Rank 0 signals the job once all ranks wait for it. No collective is under way then: a rank may leave at once."""
+        """Rank 0 signals the job once all ranks wait for it: no collective is under way when they leave."""
         deadline = time.monotonic() + SIGNAL_S
         if world.is_first:
             while (

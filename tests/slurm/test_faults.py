@@ -10,7 +10,7 @@ from slurm.devcluster.cluster import Cluster
 from tests.slurm.conftest import SMALL, Chain, rank_process, slurm, submit
 
 pytestmark = pytest.mark.slurm
-STEPS = 400
+STEPS = 360
 
 
 @pytest.fixture(scope="module")

@@ -33,9 +33,8 @@ def local_loss(folder: Path, launch: Launch) -> float:
     site["machine"]["ranks_per_node"] = 4
     (folder / "chain.yaml").write_text(yaml.safe_dump(chain))
     (folder / "four.yaml").write_text(yaml.safe_dump(site))
-    shortened = [word for word in quickstart_command(folder)[1:] if "lora" not in word and "evaluate." not in word]
-    pairs = [word for word in shortened if word != "--set"]
-    settings = [*pairs, *FOUR_RANKS, "stages.pretrain.train.parallel.ranks_per_node=4", "tracking.wandb=disabled"]
+    shortened = [word for word in quickstart_command(folder) if word.startswith(("run_root", "stages.pretrain."))]
+    settings = [*shortened, *FOUR_RANKS, "stages.pretrain.train.parallel.ranks_per_node=4", "tracking.wandb=disabled"]
     words = [word for setting in settings for word in ("--set", setting)]
     result = launch("run", folder / "chain.yaml", "--site", folder / "four.yaml", *words)
     assert result.returncode == 0, result.stderr
