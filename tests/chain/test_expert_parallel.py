@@ -1,4 +1,5 @@
-"""Expert parallelism changes where experts are, not what is learned."""
+"""Expert parallelism changes where experts are, not what is learned, through the whole chain; the matrix of layouts is
+in tests/train/test_exactness.py."""
 
 import json
 from pathlib import Path
@@ -26,6 +27,7 @@ def train(folder: Path, config: str, launch: Launch) -> list[dict[str, Any]]:
     return [row for row in rows if row["step"] and "lr" in row]
 
 
+@pytest.mark.slow
 def test_two_ranks_with_experts_apart_follow_the_curve_of_one_rank(tmp_path: Path, launch: Launch) -> None:
     two, one = train(tmp_path / "two", GENTLE, launch), train(tmp_path / "one", ALONE, launch)
     assert len(one) == len(two) == 50

@@ -78,6 +78,9 @@ def healthy(cluster: Cluster) -> Iterator[Cluster]:
     """The cluster without jobs and with all nodes up, before and after."""
     yield cluster
     subprocess.run(["scancel", "--user", str(os.getuid())], capture_output=True)
+    deadline = time.monotonic() + 60
+    while slurm("squeue", "--noheader").strip() and time.monotonic() < deadline:
+        time.sleep(0.2)
     for name, state in cluster.node_states().items():
         if name not in cluster.pids or state not in USABLE:
             cluster.start_node(name)

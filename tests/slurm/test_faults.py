@@ -85,7 +85,8 @@ def test_requeues_signals_lost_ranks_preemption_and_dying_nodes(healthy: Cluster
 def test_a_time_limit_shorter_than_the_work_and_preemption_with_grace(
     healthy: Cluster, quiet: Chain, tmp_path: Path
 ) -> None:
-    chain = submit(tmp_path, SMALL.format(steps=STEPS, resources="{partition: lowgrace, time_limit_min: 1}"))
+    text = SMALL.format(steps=STEPS, resources="{partition: lowgrace, time_limit_min: 1}")
+    chain = submit(tmp_path, text, "--site-set", "slurm.signal_before_end_s=36")
     chain.wait(lambda: chain.step() >= 60, "step 60")
     slurm("sbatch", "-p", "high", "-N4", "--exclusive", "-o", "/dev/null", "--wrap", "sleep 1")
     chain.wait_for_receipt(timeout_s=420)
