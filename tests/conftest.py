@@ -52,8 +52,6 @@ def quickstart_command(folder: Path, *more: str) -> list[str]:
         "stages.pretrain.train.steps=60",
         "stages.pretrain.train.batches.tokens_per_step=2048",
         "stages.pretrain.train.evaluate_tokens=2048",
-        "stages.text-modern.held_out_fraction=0.05",
-        "stages.text-python.held_out_fraction=0.05",
         "stages.lora.train.steps=12",
         "stages.evaluate.tokens=4096",
         "stages.evaluate.generate_tokens=12",
