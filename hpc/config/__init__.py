@@ -1,12 +1,13 @@
 """What a user may ask for: classes with a docstring under each field, loaded from YAML. Imports nothing heavy."""
 
 from hpc.config.machine import Facility, Machine, PowerModel
+from hpc.config.model import LatentAttention, Model, Router
 from hpc.config.run import RunConfig, Tracking
 from hpc.config.stages import Artifact, Evaluate, Lora, Merge, Prepare, Pretrain, Quantize, Report, Source, Stage
-from hpc.config.train import AdapterTraining, Model, Optimizer, Parallel, Router, Schedule, Training, TrainingBase
+from hpc.config.train import AdapterTraining, Optimizer, Parallel, Schedule, Training, TrainingBase
 
 __all__ = [
-    "AdapterTraining", "Artifact", "Evaluate", "Facility", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel",
-    "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig", "Schedule", "Source", "Stage",
-    "Tracking", "Training", "TrainingBase",
+    "AdapterTraining", "Artifact", "Evaluate", "Facility", "LatentAttention", "Lora", "Machine", "Merge", "Model",
+    "Optimizer", "Parallel", "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig",
+    "Schedule", "Source", "Stage", "Tracking", "Training", "TrainingBase",
 ]  # fmt: skip

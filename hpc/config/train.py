@@ -1,94 +1,11 @@
-"""What a user says about training: model shape, routing, parallelism, optimizer, schedule, checkpoints."""
+"""What a user says about training: parallelism, optimizer, schedule, checkpoints."""
 
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from hpc.config.base import Frozen
-
-
-class Model(Frozen):
-    """Shape of a mixture-of-experts transformer, built from a transformers architecture with random weights."""
-
-    architecture: Literal["mixtral", "olmoe", "qwen3_moe"] = "qwen3_moe"
-    """transformers model type. Mixtral: arXiv:2401.04088; OLMoE: arXiv:2409.02060; Qwen3-MoE: arXiv:2505.09388."""
-
-    hidden_size: PositiveInt
-    """Width of the residual stream. Multiples of 256 keep every later quantization format open."""
-
-    num_layers: PositiveInt
-    """Transformer blocks, each with one attention and one MoE layer."""
-
-    num_attention_heads: PositiveInt
-    """Query heads per layer; must divide hidden_size."""
-
-    num_key_value_heads: PositiveInt | None = None
-    """Key/value heads per layer (grouped-query attention); as many as query heads when left out."""
-
-    expert_size: PositiveInt
-    """Intermediate width of one expert (SwiGLU: three matrices of hidden_size x expert_size)."""
-
-    rope_theta: PositiveFloat = 10000.0
-    """Base of the rotary position embedding."""
-
-    initializer_range: PositiveFloat = 0.02
-    """Standard deviation of the random initial weights."""
-
-    @model_validator(mode="after")
-    def _check_heads(self) -> Self:
-        if self.hidden_size % self.num_attention_heads:
-            raise ValueError(
-                f"hidden_size {self.hidden_size} does not split over num_attention_heads {self.num_attention_heads}: "
-                f"choose a divisor of {self.hidden_size}"
-            )
-        if self.num_attention_heads % self.kv_heads:
-            raise ValueError(
-                f"{self.num_attention_heads} query heads do not share {self.kv_heads} key/value heads evenly: "
-                f"choose a divisor of {self.num_attention_heads}"
-            )
-        if self.architecture == "olmoe" and self.kv_heads != self.num_attention_heads:
-            raise ValueError(
-                "olmoe with fewer key/value than query heads cannot be loaded by llama.cpp: "
-                f"set num_key_value_heads to {self.num_attention_heads}, or take qwen3_moe"
-            )
-        return self
-
-    @property
-    def kv_heads(self) -> int:
-        """Key/value heads, after the default."""
-        return self.num_key_value_heads or self.num_attention_heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-
-class Router(Frozen):
-    """How one MoE layer assigns tokens to experts: softmax scores, top-k choice, no token dropped.
-
-    Source: Shazeer et al. 2017 (arXiv:1701.06538); auxiliary loss as in Switch Transformer (arXiv:2101.03961, eq. 4).
-    """
-
-    num_experts: PositiveInt
-    """Routed experts in each layer, counted over all ranks."""
-
-    top_k: PositiveInt = 2
-    """Experts per token. Active FLOPs and all-to-all bytes both grow with it."""
-
-    aux_loss: NonNegativeFloat = 0.01
-    """Weight of the load-balancing loss, averaged over layers; 0 turns it off. Counts are taken over all ranks."""
-
-    z_loss: NonNegativeFloat = 0.0
-    """Weight of the router z-loss (ST-MoE, arXiv:2202.08906), averaged over layers; 0.001 is usual, 0 turns it off."""
-
-    @model_validator(mode="after")
-    def _check_top_k(self) -> Self:
-        if self.top_k > self.num_experts:
-            raise ValueError(
-                f"top_k is {self.top_k}, but the layer has {self.num_experts} experts: choose 1 to {self.num_experts}"
-            )
-        return self
+from hpc.config.model import Model, Router
 
 
 class Parallel(Frozen):
@@ -123,10 +40,22 @@ class Parallel(Frozen):
 
 
 class Optimizer(Frozen):
-    """AdamW (arXiv:1711.05101). Norms and biases are not decayed."""
+    """Update rule. Weight decay is for the matrices of the blocks and the head: norms, biases, and the embedding
+    (as in OLMo 2, arXiv:2501.00656) are not decayed."""
+
+    kind: Literal["adamw", "muon"] = "adamw"
+    """`adamw`: arXiv:1711.05101. `muon`: orthogonalised momentum for the matrices of the blocks, each expert for itself
+    (Jordan et al. 2024; arXiv:2502.16982), AdamW for embedding, head, routers and norms; half the optimizer memory of
+    the matrices, about 2 % more FLOPs. Muon's updates have a size of their own, so gradients are not clipped then."""
 
     lr: PositiveFloat
     """Peak learning rate."""
+
+    muon_lr: PositiveFloat = 0.02
+    """Peak learning rate of the matrices that `muon` updates; it follows the same schedule."""
+
+    muon_momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Momentum of `muon` (Nesterov)."""
 
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of the first and second moment."""
@@ -144,8 +73,10 @@ class Optimizer(Frozen):
 class Schedule(Frozen):
     """Learning rate over steps."""
 
-    kind: Literal["cosine", "wsd", "constant"] = "cosine"
-    """`cosine`: warm-up, then a half cosine; `wsd`: warm-up, stable, linear decay (arXiv:2404.06395); `constant`."""
+    kind: Literal["cosine", "wsd", "constant", "jagged_cosine"] = "cosine"
+    """`cosine`: warm-up, then a half cosine; `wsd`: warm-up, stable, linear decay (arXiv:2404.06395); `constant`;
+    `jagged_cosine`: a cosine that falls to zero and warms up again every `restart_every_steps` (ReLoRA,
+    arXiv:2307.05695)."""
 
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up from zero."""
@@ -155,6 +86,26 @@ class Schedule(Frozen):
 
     min_lr_fraction: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a fraction of the peak."""
+
+    restart_every_steps: PositiveInt | None = None
+    """Steps between two restarts of `jagged_cosine`."""
+
+    restart_warmup_steps: NonNegativeInt = 10
+    """Steps of linear warm-up after a restart, back to the cosine."""
+
+    @model_validator(mode="after")
+    def _check_restarts(self) -> Self:
+        if (self.kind == "jagged_cosine") != (self.restart_every_steps is not None):
+            raise ValueError(
+                f"kind = {self.kind} with restart_every_steps = {self.restart_every_steps}: jagged_cosine needs it, "
+                "the others have no restarts"
+            )
+        if self.restart_every_steps is not None and self.restart_warmup_steps >= self.restart_every_steps:
+            raise ValueError(
+                f"restart_warmup_steps = {self.restart_warmup_steps} fills restart_every_steps = "
+                f"{self.restart_every_steps}: try {self.restart_every_steps // 10}"
+            )
+        return self
 
 
 class Batches(Frozen):
@@ -194,6 +145,19 @@ class TrainingBase(Frozen):
     expert_compute: Literal["grouped_mm", "loop", "megablocks"] = "grouped_mm"
     """What multiplies the experts' matrices: `grouped_mm` is torch's grouped kernel; `loop` one product per expert, the
     reference; `megablocks` (arXiv:2211.15841) needs an NVIDIA GPU and its own installation."""
+
+    attention_kernel: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel of transformers: `auto` and `sdpa` take torch's own choice; flash_attention_2 needs
+    its package."""
+
+    recompute: Literal["none", "attention", "full"] = "none"
+    """Activations that the backward pass computes again instead of keeping: `attention`: those of the attention blocks,
+    cheap and without a second exchange between experts' ranks; `full`: whole blocks, exchange included, about a third
+    more FLOPs for the least memory."""
+
+    compile: bool = False
+    """Whether torch.compile makes kernels of the attention blocks: a minute at start, a few per cent faster steps. The
+    MoE layers stay as they are, since their shapes change with every batch."""
 
     checkpoint_every_steps: PositiveInt = 100
     """Steps between checkpoints; a kill loses at most this many."""
@@ -251,6 +215,16 @@ class Training(TrainingBase):
             raise ValueError(
                 f"{experts} experts do not split over expert_parallel_size = {size}: choose a divisor of {experts}"
             )
+        router, is_deepseek = self.router, self.model.architecture == "deepseek_v3"
+        if is_deepseek and router.num_shared_experts == 0:
+            raise ValueError("router.num_shared_experts = 0, deepseek_v3 has at least one: set it to 1")
+        defaults = Router(num_experts=router.num_experts, top_k=router.top_k)
+        for key in ("num_shared_experts", "num_groups", "top_groups", "scaling_factor", "bias_update_rate"):
+            if not is_deepseek and getattr(router, key) != getattr(defaults, key):
+                raise ValueError(
+                    f"router.{key} = {getattr(router, key)} has no place in {self.model.architecture}: leave it out, "
+                    "or take architecture: deepseek_v3"
+                )
         return self
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV3Config,
     MixtralConfig,
     OlmoeConfig,
     PretrainedConfig,
@@ -30,7 +31,6 @@ def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, en
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.kv_heads,
-        "num_experts": router.num_experts,
         "num_experts_per_tok": router.top_k,
         "norm_topk_prob": True,
         "max_position_embeddings": seq_len,
@@ -43,17 +43,48 @@ def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, en
         "pad_token_id": None,
     }
     if model.architecture == "olmoe":
-        return OlmoeConfig(**common)
+        return OlmoeConfig(**common, num_experts=router.num_experts)
     if model.architecture == "mixtral":
-        return MixtralConfig(**{**common, "num_local_experts": common.pop("num_experts"), "sliding_window": None})
+        return MixtralConfig(**common, num_local_experts=router.num_experts, sliding_window=None)
+    if model.architecture == "deepseek_v3":
+        return _deepseek_v3(common, model, router)
     shape: dict[str, Any] = {"head_dim": model.head_dim, "moe_intermediate_size": model.expert_size}
-    return Qwen3MoeConfig(**common, **shape, decoder_sparse_step=1, mlp_only_layers=[])
+    return Qwen3MoeConfig(**common, **shape, num_experts=router.num_experts, decoder_sparse_step=1, mlp_only_layers=[])
 
 
-def build_model(config: PretrainedConfig, seed: int) -> PreTrainedModel:
-    """A model with random fp32 weights that depend on `seed` alone."""
+def _deepseek_v3(common: dict[str, Any], model: Model, router: Router) -> PretrainedConfig:
+    latent = model.latent
+    return DeepseekV3Config(
+        **{**common, "intermediate_size": model.dense_width(router), "num_key_value_heads": model.num_attention_heads},
+        moe_intermediate_size=model.expert_size,
+        n_routed_experts=router.num_experts,
+        n_shared_experts=router.num_shared_experts,
+        n_group=router.num_groups,
+        topk_group=router.top_groups,
+        routed_scaling_factor=router.scaling_factor,
+        first_k_dense_replace=model.num_dense_layers,
+        q_lora_rank=latent.query_rank,
+        kv_lora_rank=latent.kv_rank,
+        qk_nope_head_dim=latent.nope_head_dim,
+        qk_rope_head_dim=latent.rope_head_dim,
+        v_head_dim=latent.value_head_dim,
+        num_mtp_layers=0,
+    )
+
+
+RESIDUAL_WRITERS = (".o_proj.weight", ".down_proj.weight", ".experts.down_proj")
+"""Ends of the names of matrices whose output is added to the residual stream."""
+
+
+def build_model(config: PretrainedConfig, seed: int, initialization: str = "normal") -> PreTrainedModel:
+    """A model with random fp32 weights that depend on `seed` alone; `initialization` as in Model.initialization."""
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if initialization == "depth_scaled":
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith(RESIDUAL_WRITERS):
+                    parameter.mul_((2 * int(config.num_hidden_layers)) ** -0.5)
     return model
 
 
@@ -95,6 +126,8 @@ def tensor_group(name: str) -> str:
     """Which part of the model a parameter belongs to, from its transformers name."""
     if ".experts." in name:
         return "experts"
+    if ".shared_experts." in name or ".mlp.down_proj" in name or ".mlp.up_proj" in name or ".mlp.gate_proj" in name:
+        return "shared experts and dense layers"
     if ".mlp.gate." in name:
         return "router"
     if "norm" in name:

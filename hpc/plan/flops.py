@@ -12,9 +12,12 @@ BACKWARD_PER_FORWARD = 2
 
 
 def forward_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:
-    """One token through the model: 2 x active matrix parameters, and 4 L (heads x head width) T for attention."""
-    width = model.num_attention_heads * model.head_dim
-    return 2.0 * count(model, router, vocab_size).active_matrices + 4.0 * model.num_layers * width * seq_len
+    """One token through the model: 2 x active matrix parameters, and 2 L heads (query + value) T for attention."""
+    widths = 2 * model.head_dim
+    if model.architecture == "deepseek_v3":
+        widths = model.latent.nope_head_dim + model.latent.rope_head_dim + model.latent.value_head_dim
+    attention = 2.0 * model.num_layers * model.num_attention_heads * widths * seq_len
+    return 2.0 * count(model, router, vocab_size).active_matrices + attention
 
 
 def training_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:

@@ -45,5 +45,6 @@ def activation_bytes(model: Model, router: Router, settings: TrainingBase, vocab
     2 of width H and 4 of width I. Logits three times (logits, log-softmax, gradient), in fp32.
     """
     tokens = settings.batches.micro_batch_size * settings.batches.seq_len
-    block = 8 * model.hidden_size + router.top_k * (2 * model.hidden_size + 4 * model.expert_size)
+    active = router.top_k + router.num_shared_experts
+    block = 8 * model.hidden_size + active * (2 * model.hidden_size + 4 * model.expert_size)
     return float(tokens * (item * model.num_layers * block + 3 * 4 * vocab_size))

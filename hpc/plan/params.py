@@ -21,11 +21,13 @@ class Parameters:
     norms: int
     active_experts: int
     """Expert parameters that one token uses: K of E."""
+    always: int = 0
+    """Shared experts and dense layers: SwiGLU that every token uses."""
 
     @property
     def total(self) -> int:
         """All parameters."""
-        return self.embedding + self.head + self.attention + self.router + self.experts + self.norms
+        return self.embedding + self.head + self.attention + self.router + self.experts + self.norms + self.always
 
     @property
     def active(self) -> int:
@@ -40,25 +42,42 @@ class Parameters:
     @property
     def active_matrices(self) -> int:
         """Parameters of matrix products per token: head, attention, router, active experts; no embedding, no norms."""
-        return self.head + self.attention + self.router + self.active_experts
+        return self.head + self.attention + self.router + self.active_experts + self.always
 
 
 def count(model: Model, router: Router, vocab_size: int) -> Parameters:
     """Count a model's parameters. SwiGLU experts have three H x I matrices; nothing has a bias."""
-    h, layers, d = model.hidden_size, model.num_layers, model.head_dim
-    q, kv = model.num_attention_heads * d, model.kv_heads * d
-    # OLMoE normalises whole queries and keys, Qwen3 those of each head, Mixtral neither.
-    head_norms = {"olmoe": q + kv, "qwen3_moe": 2 * d, "mixtral": 0}[model.architecture]
+    h, layers, moe_layers = model.hidden_size, model.num_layers, model.num_layers - model.num_dense_layers
+    attention, head_norms = _attention(model)
     expert = 3 * h * model.expert_size
     return Parameters(
         embedding=vocab_size * h,
         head=vocab_size * h,
-        attention=layers * (h * q + 2 * h * kv + q * h),
-        router=layers * router.num_experts * h,
-        experts=layers * router.num_experts * expert,
+        attention=layers * attention,
+        router=moe_layers * router.num_experts * h,
+        experts=moe_layers * router.num_experts * expert,
         norms=layers * (2 * h + head_norms) + h,
-        active_experts=layers * router.top_k * expert,
+        active_experts=moe_layers * router.top_k * expert,
+        always=moe_layers * router.num_shared_experts * expert
+        + model.num_dense_layers * 3 * h * model.dense_width(router),
     )
+
+
+def _attention(model: Model) -> tuple[int, int]:
+    """Parameters of one attention block: matrices, and norms of queries, keys and latent vectors."""
+    h, d, heads = model.hidden_size, model.head_dim, model.num_attention_heads
+    if model.architecture == "deepseek_v3":
+        latent = model.latent
+        query = latent.nope_head_dim + latent.rope_head_dim
+        queries = h * heads * query
+        if latent.query_rank:
+            queries = h * latent.query_rank + latent.query_rank * heads * query
+        keys_values = h * (latent.kv_rank + latent.rope_head_dim)
+        keys_values += latent.kv_rank * heads * (latent.nope_head_dim + latent.value_head_dim)
+        return queries + keys_values + heads * latent.value_head_dim * h, latent.kv_rank + (latent.query_rank or 0)
+    q, kv = heads * d, model.kv_heads * d
+    # OLMoE normalises whole queries and keys, Qwen3 those of each head, Mixtral neither.
+    return h * q + 2 * h * kv + q * h, {"olmoe": q + kv, "qwen3_moe": 2 * d, "mixtral": 0}[model.architecture]
 
 
 def count_adapter(model: Model, router: Router, settings: AdapterTraining) -> int:

@@ -63,7 +63,8 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
     return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
 
 
-LAYOUT = {"parallel", "precision", "expert_compute", "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
+LAYOUT = {"parallel", "precision", "expert_compute", "attention_kernel", "recompute", "compile",
+          "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
           "evaluate_every_steps", "evaluate_tokens"}  # fmt: skip
 """Keys of a training stage that say where and how it computes, not what."""
 

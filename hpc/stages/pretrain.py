@@ -29,13 +29,15 @@ def run(context: Context) -> Result:
         settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len, facts["end_of_text_id"]
     )
     job = Job(
-        model=build_model(config, context.task.seed),
+        model=build_model(config, context.task.seed, settings.model.initialization),
         settings=settings,
         top_k=settings.router.top_k,
         aux_loss=settings.router.aux_loss,
         train_tokens=TokenStore(tokens / "train"),
         held_out_tokens=TokenStore(tokens / "held_out"),
         z_loss=settings.router.z_loss,
+        balance_over_step=settings.router.aux_loss_over == "step",
+        bias_update_rate=settings.router.bias_update_rate,
     )
     trained = train(context, job)
 

@@ -21,9 +21,12 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hpc.config import TrainingBase
+from hpc.model.blocks import prepare_blocks
 from hpc.model.experts import check_available, use_backend
+from hpc.model.routing import route_in_fp32, router_biases
 from hpc.run.task import World
-from hpc.train.fragments import ExpertPlace, Fragment, read_fragments, write_fragments, zero_fragments
+from hpc.train.fragments import WEIGHT, ExpertPlace, Fragment, read_fragments, write_fragments, zero_fragments
+from hpc.train.optimizer import parameter_groups
 
 GROUP_TIMEOUT = timedelta(minutes=5)
 """A collective that waits longer than this means a lost rank; the libraries' own limits are 10 to 30 minutes."""
@@ -53,7 +56,13 @@ PRESETS = {"olmoe": "qwen3_moe"}
 """transformers model type -> the layer shape that AutoEP knows, where its name differs: OLMoE's is Qwen3-MoE's."""
 
 
-def deepspeed_config(settings: TrainingBase, precision: str, model_type: str) -> dict[str, Any]:
+def needs_autoep(settings: TrainingBase) -> bool:
+    """Whether MoE blocks become DeepSpeed's: for expert parallelism, and for Muon, which has to see gate and up as the
+    two matrices that they are."""
+    return settings.parallel.expert_parallel_size > 1 or settings.optimizer.kind == "muon"
+
+
+def deepspeed_config(settings: TrainingBase, precision: str, model_type: str, device: str) -> dict[str, Any]:
     """DeepSpeed's configuration for a training stage, with the user's overlay on top."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batches.micro_batch_size,
@@ -63,11 +72,14 @@ def deepspeed_config(settings: TrainingBase, precision: str, model_type: str) ->
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": settings.parallel.zero_stage,
-            "overlap_comm": False,
+            "overlap_comm": device == "cuda",
             "reduce_bucket_size": 100_000_000,
         },
     }
-    if settings.parallel.expert_parallel_size > 1:
+    if settings.optimizer.kind == "muon":
+        config["gradient_clipping"] = 0.0  # DeepSpeed would clip the orthogonalised updates
+        config["zero_optimization"]["reduce_scatter"] = settings.parallel.zero_stage < 3  # it asks for both
+    if needs_autoep(settings):
         config["expert_parallel"] = {
             "enabled": True,
             "autoep_size": settings.parallel.expert_parallel_size,
@@ -86,40 +98,39 @@ class Engine:
         if precision == "auto":
             precision = "bf16" if device == "cuda" else "fp32"
         self.precision, self.settings, self.device = precision, settings, device
-        self._expert_parallel = settings.parallel.expert_parallel_size > 1
+        self._autoep = needs_autoep(settings)
         check_available(settings.expert_compute, device)
-        if self._expert_parallel:
+        if self._autoep:
             _apply_autoep_shim()
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        prepare_blocks(model, settings)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             optimizer=lambda _: self._optimizer(model),
-            config=deepspeed_config(settings, precision, model_type),
+            config=deepspeed_config(settings, precision, model_type, device),
         )
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)
+        route_in_fp32(self.module)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
-        """AdamW over two groups, matrices with weight decay, the rest without; called once experts are placed."""
+        """The update rule over its groups; called once experts are placed."""
         options = self.settings.optimizer
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {
-                "name": "decayed",
-                "weight_decay": options.weight_decay,
-                "params": [p for _, p in trained if p.dim() >= 2],
-            },
-            {"name": "undecayed", "weight_decay": 0.0, "params": [p for _, p in trained if p.dim() < 2]},
-        ]
-        groups = [group for group in groups if group["params"]]
-        if self._expert_parallel:
+        groups = parameter_groups(model, options)
+        if self._autoep:
             groups = split_params_into_different_moe_groups_for_optimizer(groups)
-        return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=options.eps)
+        if options.kind == "muon":
+            return _muon(groups, self.device)
+        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
 
-    def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits (B, S, V) of token ids (B, S). Collective under expert parallelism."""
-        logits: Tensor = self._engine(input_ids=input_ids.to(self.device), use_cache=False).logits
+    def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Logits (B, S, V) of token ids (B, S). Collective under expert parallelism.
+
+        positions (B, S): places of tokens in their documents; where they restart, attention does not look back.
+        """
+        placed = None if positions is None else positions.to(self.device)
+        logits: Tensor = self._engine(input_ids=input_ids.to(self.device), position_ids=placed, use_cache=False).logits
         return logits
 
     def backward(self, loss: Tensor) -> None:
@@ -129,7 +140,7 @@ class Engine:
     def step(self, learning_rate: float) -> None:
         """Count a micro-batch and, at the end of the accumulation, update the weights. Collective."""
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("lr_scale", 1.0)
         self._engine.step()
 
     @property
@@ -150,7 +161,8 @@ class Engine:
         optimizer = self._engine.optimizer
         step = read_fragments(folder, self._fragments())
         for state in optimizer.optimizer.state.values():
-            state["step"] = torch.tensor(float(step))  # one for each: a shared one would advance once per group
+            if "step" in state:
+                state["step"] = torch.tensor(float(step))  # one for each: a shared one would advance once per group
         if self.settings.parallel.zero_stage == 3:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -166,7 +178,9 @@ class Engine:
         size = self.settings.parallel.expert_parallel_size
         rank = deepspeed.utils.groups._get_expert_parallel_rank(f"ep_size_{size}") if size > 1 else 0
         place = ExpertPlace(rank, size)
-        return zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, place)
+        owned = zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, place)
+        biases = [Fragment(name, tuple(b.shape), 0, {WEIGHT: b}) for name, b in router_biases(self.module).items()]
+        return owned + biases
 
     def state_in_transformers_layout(self) -> dict[str, Tensor]:
         """All weights in fp32 under their transformers names, on the CPU. Collective; rank 0's result is complete.
@@ -174,7 +188,7 @@ class Engine:
         AutoEP keeps an expert's matrices as w1 (gate), w3 (up) and w2 (down), each rank its own experts; transformers
         as gate_up_proj (E, 2I, H) and down_proj (E, H, I) with all of them.
         """
-        state: dict[str, Tensor] = {}
+        state: dict[str, Tensor] = {name: bias.cpu() for name, bias in router_biases(self.module).items()}
         parameters = dict(self.module.named_parameters())
         for name, parameter in parameters.items():
             if name.endswith(".experts.w3"):
@@ -205,6 +219,22 @@ class Engine:
             parts, local.contiguous(), group=deepspeed.utils.groups._get_expert_parallel_group(f"ep_size_{size}")
         )
         return torch.cat(parts).cpu()
+
+
+def _muon(groups: list[dict[str, Any]], device: str) -> torch.optim.Optimizer:
+    """DeepSpeed's Muon with AdamW for the rest. Imported here because it takes torch's compiler along.
+
+    On a CPU its iteration runs in fp32, uncompiled: bf16 is emulated on most, its rounding would let the curve depend
+    on the layout, and compiling takes longer than it saves.
+    """
+    from deepspeed.runtime.zero.muon import original_muon
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if device == "cpu":
+        original_muon.ns_compute_dtype = lambda _method: torch.float32
+        torch.compiler.set_stance("force_eager")
+    optimizer: torch.optim.Optimizer = MuonWithAuxAdam(groups)
+    return optimizer
 
 
 def _apply_autoep_shim() -> None:

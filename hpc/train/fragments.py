@@ -171,9 +171,8 @@ def _of_stage_1_or_2(name: str, parameter: Any, optimizer: Any, experts: ExpertP
     flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
     where = mapping.hp_fragment_address
     shape, first = experts.whole(name, tuple(parameter.shape))
-    yield Fragment(
-        name, shape, first + mapping.lp_fragment_address.start, _views(optimizer, flat, where.start, where.numel)
-    )
+    values = _views(optimizer, mapping.param_group_index, flat, where.start, where.numel)
+    yield Fragment(name, shape, first + mapping.lp_fragment_address.start, values)
 
 
 def _of_stage_3(name: str, parameter: Any, optimizer: Any, experts: ExpertPlace) -> Iterator[Fragment]:
@@ -183,12 +182,16 @@ def _of_stage_3(name: str, parameter: Any, optimizer: Any, experts: ExpertPlace)
     if owned > 0:
         shape, first = experts.whole(name, tuple(parameter.ds_shape))
         flat = optimizer.fp32_partitioned_groups_flat[group]
-        yield Fragment(name, shape, first + start, _views(optimizer, flat, offset, owned))
+        values = _views(optimizer, optimizer.sub_group_to_group_id[group], flat, offset, owned)
+        yield Fragment(name, shape, first + start, values)
 
 
-def _views(optimizer: Any, flat: Tensor, start: int, size: int) -> dict[str, Tensor]:
+def _views(optimizer: Any, group: int, flat: Tensor, start: int, size: int) -> dict[str, Tensor]:
+    """Weight and moments of a range of a flat tensor that belongs to a parameter group of the optimizer."""
     state = optimizer.optimizer.state[flat]
-    if not state:
+    if not state and optimizer.optimizer.param_groups[group].get("use_muon"):
+        state.update(momentum_buffer=torch.zeros_like(flat))
+    elif not state:
         state.update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(flat), exp_avg_sq=torch.zeros_like(flat))
     moments = {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == flat.shape}
     return {name: value.data.narrow(0, start, size) for name, value in {WEIGHT: flat, **moments}.items()}

@@ -24,7 +24,7 @@ from hpc.data.store import TokenStore
 from hpc.energy.meter import EnergyMeter
 from hpc.errors import StageError, Stopped
 from hpc.evaluate.loss import held_out_loss, token_losses
-from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport
+from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport, router_biases, update_biases
 from hpc.run.directory import write_json
 from hpc.run.receipt import digest
 from hpc.run.task import Context, asked_to_learn
@@ -48,6 +48,10 @@ class Job:
     train_tokens: TokenStore
     held_out_tokens: TokenStore
     z_loss: float = 0.0
+    balance_over_step: bool = False
+    """Whether the balancing loss sees the counts of the whole step so far, not of one micro-batch."""
+    bias_update_rate: float = 0.0
+    """Step of the routers' biases after each update; 0 leaves them alone."""
     measure_before: bool = False
     """Whether the held-out loss over all tokens is measured before the first step, to compare with the last one."""
 
@@ -86,7 +90,7 @@ class _Loop:
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         context.progress("building the engine")
         self.engine = Engine(job.model, settings, self.device)
-        self.probe = RouterProbe(self.engine.module, job.top_k)
+        self.probe = RouterProbe(self.engine.module)
         self.loader = Loader(
             job.train_tokens,
             settings.batches.seq_len,
@@ -178,7 +182,7 @@ class _Loop:
         for number, batch in enumerate(batches):
             ids = torch.from_numpy(batch)
             loss = token_losses(self.engine.forward(ids[:, :-1]), ids[:, 1:]).mean()
-            heard = self.probe.collect()
+            heard = self.probe.collect(counts if self.job.balance_over_step else None)
             counts = heard.counts_LE if counts is None else counts + heard.counts_LE
             total += loss.detach()
             self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
@@ -186,7 +190,10 @@ class _Loop:
                 stop = self._agree(total / len(batches), step)
             self.engine.step(rate)
         assert counts is not None
-        self.routing = load_metrics(counts.cpu())
+        if self.job.bias_update_rate:
+            update_biases(self.engine.module, counts, self.job.bias_update_rate)
+        biases = router_biases(self.engine.module)
+        self.routing = load_metrics(counts.cpu(), biases, self.settings.batches.tokens_per_step, self.job.top_k)
         self.window = counts.cpu() if self.window is None else self.window + counts.cpu()
         return stop
 

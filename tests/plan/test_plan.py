@@ -35,6 +35,40 @@ def test_parameters_are_those_that_transformers_builds(architecture: str, kv_hea
     assert count(model, router, 1000).total == sum(p.numel() for p in built.parameters())
 
 
+@pytest.mark.parametrize("query_rank", [None, 24])
+@pytest.mark.parametrize("dense_layers", [0, 2])
+def test_parameters_of_deepseek_v3_are_those_that_transformers_builds(
+    query_rank: int | None, dense_layers: int
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hpc.model.build import model_config
+
+    latent = {"kv_rank": 20, "query_rank": query_rank, "nope_head_dim": 10, "rope_head_dim": 6, "value_head_dim": 14}
+    model = Model.model_validate(
+        {"architecture": "deepseek_v3", "hidden_size": 96, "num_layers": 3, "num_attention_heads": 4, "expert_size": 80,
+         "num_dense_layers": dense_layers, "latent_attention": latent}
+    )  # fmt: skip
+    router = Router(num_experts=6, top_k=2, num_shared_experts=2)
+    with torch.device("meta"):
+        built: Any = AutoModelForCausalLM.from_config(model_config(model, router, 1000, 64, 0))
+    assert count(model, router, 1000).total == sum(p.numel() for p in built.parameters())
+
+
+def test_deepseek_v3s_published_size_comes_out() -> None:
+    """DeepSeek-V3: 671 B parameters, 37 B active (arXiv:2412.19437, section 1), without the MTP module."""
+    latent = {"kv_rank": 512, "query_rank": 1536, "nope_head_dim": 128, "rope_head_dim": 64, "value_head_dim": 128}
+    model = Model.model_validate(
+        {"architecture": "deepseek_v3", "hidden_size": 7168, "num_layers": 61, "num_attention_heads": 128,
+         "expert_size": 2048, "num_dense_layers": 3, "dense_size": 18432, "latent_attention": latent}
+    )  # fmt: skip
+    router = Router(num_experts=256, top_k=8, num_shared_experts=1, num_groups=8, top_groups=4, scaling_factor=2.5)
+    parameters = count(model, router, 129280)
+    assert parameters.total == pytest.approx(671e9, rel=2e-3)
+    assert parameters.active == pytest.approx(37e9, rel=2e-2)
+
+
 def test_olmoes_published_size_comes_out() -> None:
     """OLMoE-1B-7B: 6.92 B parameters, 1.28 B active (arXiv:2409.02060, table 1: 6.9B and 1.3B)."""
     model = Model(architecture="olmoe", hidden_size=2048, num_layers=16, num_attention_heads=16, expert_size=1024)

@@ -17,11 +17,15 @@ import torch.distributed as dist
 from hpc.config.train import Training
 from hpc.evaluate.loss import token_losses
 from hpc.model.build import build_model, model_config
-from hpc.model.routing import RouterProbe
+from hpc.model.routing import RouterProbe, update_biases
 from hpc.run.task import World
 from hpc.train.engine import Engine, start_process_group
 
 STEPS, BATCH, SEQ = 8, 8, 16
+ROUTERS = {
+    "deepseek_v3": {"num_experts": 8, "top_k": 3, "num_shared_experts": 1, "num_groups": 4, "top_groups": 2,
+                    "scaling_factor": 2.5, "bias_update_rate": 0.02},
+}  # fmt: skip
 
 
 class SgdEngine(Engine):
@@ -41,12 +45,13 @@ def settings_for(case: str, ranks: int) -> Training:
             "model": {
                 "architecture": architecture, "hidden_size": 32, "num_layers": 2, "num_attention_heads": 4,
                 "expert_size": 48, "initializer_range": 0.15,
+                **({"num_dense_layers": 1} if architecture == "deepseek_v3" else {}),
             },
-            "router": {"num_experts": 8, "top_k": 2},
+            "router": ROUTERS.get(architecture, {"num_experts": 8, "top_k": 2}),
             "batches": {"seq_len": SEQ, "micro_batch_size": BATCH // ranks // int(accumulation),
                         "tokens_per_step": BATCH * SEQ},
             "steps": STEPS,
-            "optimizer": {"lr": 0.3 if optimizer == "sgd" else 5e-3,
+            "optimizer": {"kind": "muon" if optimizer == "muon" else "adamw", "lr": 0.3 if optimizer == "sgd" else 5e-3,
                           "gradient_clipping": 0.3 if clip == "clip" else 1e9},
             "parallel": {"ranks_per_node": ranks, "expert_parallel_size": int(ep), "zero_stage": int(zero)},
         }
@@ -66,7 +71,7 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
     settings = settings_for(case, world.size)
     model = build_model(model_config(settings.model, settings.router, 64, 64, 0), seed=0)
     engine = (SgdEngine if "/sgd/" in case else Engine)(model, settings, "cpu")
-    probe = RouterProbe(engine.module, settings.router.top_k)
+    probe = RouterProbe(engine.module)
     share = BATCH // world.size
     losses, norms = [], []
     if options.load:
@@ -78,10 +83,12 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
         total = torch.zeros(())
         for part in mine.chunk(settings.gradient_accumulation_steps):
             loss = token_losses(engine.forward(part[:, :-1]), part[:, 1:]).mean()
-            aux = probe.collect().aux_loss
+            heard = probe.collect()
             total += loss.detach() / settings.gradient_accumulation_steps
-            engine.backward(loss + 0.01 * aux if case.endswith("/aux") else loss)
+            engine.backward(loss + 0.01 * heard.aux_loss if case.endswith("/aux") else loss)
             engine.step(settings.optimizer.lr)
+        if settings.router.bias_update_rate:
+            update_biases(engine.module, heard.counts_LE, settings.router.bias_update_rate)
         dist.all_reduce(total)
         losses.append(float(total) / world.size)
         norms.append(engine.gradient_norm)
