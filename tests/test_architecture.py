@@ -13,7 +13,8 @@ from tests.conftest import ROOT, Launch
 DOORS = {
     "submitit": {"slurm/submit.py"},
     "deepspeed": {"hpc/train/engine.py"},
-    "megablocks": {"hpc/model/experts.py"},
+    "megablocks": {"hpc/model/megablocks.py"},
+    "kernels": {"hpc/model/megablocks.py"},
     "peft": {"hpc/adapt/lora.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpc.errors import ConfigError
+from hpc.model.megablocks import grouped_gemm, megablocks
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_ND, weight_EOD, counts_E) -> y_NO. Rows past the sum of the counts are padding: what they hold is undefined."""
@@ -37,37 +38,15 @@ def loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
     return torch.cat([*parts, padding])
 
 
-def megablocks(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
-    """MegaBlocks' grouped GEMM (arXiv:2211.15841): bf16 on a GPU, counts on the host, weights as transformers has
-    them. Its own MoE layers are not used: one of them drops tokens, and its block-sparse one overflows int16."""
-    rows = int(counts_E.sum())
-    y_NO = _gmm()(x_ND[:rows], weight_EOD, counts_E.to("cpu", torch.int64), trans_b=True)
-    return functional.pad(y_NO, (0, 0, 0, x_ND.shape[0] - rows))
-
-
 BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_mm, "loop": loop, "megablocks": megablocks}
 
 
 def check_available(backend: str, device: str) -> None:
     """Raise ConfigError when a backend cannot run here, with the way to get it."""
     if backend == "megablocks":
-        _gmm()
         if device != "cuda":
             raise ConfigError("train.expert_compute = megablocks needs an NVIDIA GPU: take grouped_mm")
-
-
-def _gmm() -> Callable[..., Tensor]:
-    """MegaBlocks' grouped GEMM. Raises ConfigError when it is not installed."""
-    try:
-        from megablocks import grouped_gemm_util
-    except ImportError as error:
-        raise ConfigError(
-            f"train.expert_compute = megablocks, but it cannot be imported ({error}): PyPI's 0.10.0 pins torch "
-            "2.7; on a CUDA 12 node: pip install --no-deps --no-build-isolation megablocks==0.10.0 stanford-stk==0.7.1 "
-            "grouped_gemm==0.3.0 (TORCH_CUDA_ARCH_LIST set); or take grouped_mm"
-        ) from None
-    found: Callable[..., Tensor] = grouped_gemm_util.ops.gmm
-    return found
+        grouped_gemm()
 
 
 class _Reorder(torch.autograd.Function):
