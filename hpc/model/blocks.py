@@ -1,6 +1,7 @@
 """How the blocks of a transformers model compute: attention kernel, recomputation, compilation.
 
-Applied to the plain model, before DeepSpeed puts its expert layers in place.
+`prepare_blocks` works on the plain model, before DeepSpeed puts its expert layers in place, `overlap_shared_experts`
+after.
 """
 
 from collections.abc import Callable
@@ -34,6 +35,42 @@ def prepare_blocks(model: nn.Module, settings: TrainingBase) -> None:
     elif settings.recompute == "attention":
         for block in _attention_blocks(model):
             block.forward = MethodType(_recomputed(type(block).forward), block)
+
+
+def overlap_shared_experts(model: nn.Module) -> None:
+    """Compute shared experts on a stream of their own while expert-parallel ranks exchange tokens. CUDA only.
+
+    DeepSpeed's layer computes them after the exchange. Here they start when the layer does, and where it asks for them
+    the result is waited for; the backward pass follows the same streams. Not for ZeRO 3, which fetches weights on the
+    stream at work.
+    """
+    for layer in model.modules():
+        if getattr(layer, "_is_autoep_layer", False) and isinstance(getattr(layer, "shared_experts", None), nn.Module):
+            _Lane(layer)
+
+
+class _Lane:
+    """The stream of one layer's shared experts."""
+
+    def __init__(self, layer: Any) -> None:
+        self._stream = torch.cuda.Stream()
+        self._compute: Callable[[torch.Tensor], torch.Tensor] = layer.shared_experts.forward
+        self._result: torch.Tensor | None = None
+        layer.shared_experts.forward = self._finish
+        layer.register_forward_pre_hook(self._begin)
+
+    def _begin(self, _layer: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._result = self._compute(inputs[0])
+
+    def _finish(self, _hidden: torch.Tensor) -> torch.Tensor:
+        result, self._result = self._result, None
+        assert result is not None, "the layer's forward began elsewhere"
+        here = torch.cuda.current_stream()
+        here.wait_stream(self._stream)
+        result.record_stream(here)
+        return result
 
 
 def _attention_blocks(model: nn.Module) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hpc.config import TrainingBase
-from hpc.model.blocks import prepare_blocks
+from hpc.model.blocks import overlap_shared_experts, prepare_blocks
 from hpc.model.experts import check_available, use_backend
 from hpc.model.routing import route_in_fp32, router_biases
 from hpc.run.task import World
@@ -84,6 +84,7 @@ def deepspeed_config(settings: TrainingBase, precision: str, model_type: str, de
             "enabled": True,
             "autoep_size": settings.parallel.expert_parallel_size,
             "preset_model": PRESETS.get(model_type, model_type),
+            "async_split_plan": device == "cuda" and settings.parallel.expert_parallel_size > 1,
         }
     if precision == "bf16":
         config["bf16"] = {"enabled": True}
@@ -113,6 +114,8 @@ class Engine:
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)
         route_in_fp32(self.module)
+        if device == "cuda" and self._autoep and settings.parallel.zero_stage < 3:
+            overlap_shared_experts(self.module)
 
     def _optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         """The update rule over its groups; called once experts are placed."""

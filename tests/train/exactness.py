@@ -2,17 +2,20 @@
 
     RANK=... WORLD_SIZE=... python -m tests.train.exactness OUT [--first N --last N --load DIR --save DIR] CASE ...
 
-A case is `EP/ZERO/CLIP/ACCUMULATION/ARCHITECTURE/OPTIMIZER/AUX`. Weights, data and global batch are the same in all.
+A case is `EP/ZERO/CLIP/ACCUMULATION/ARCHITECTURE/OPTIMIZER/AUX`, further keys of the training as `/KEY=VALUE`
+behind it. Weights, data and global batch are the same in all.
 """
 
 import argparse
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import yaml
 
 from hpc.config.train import Training
 from hpc.evaluate.loss import token_losses
@@ -39,7 +42,7 @@ class SgdEngine(Engine):
 
 
 def settings_for(case: str, ranks: int) -> Training:
-    ep, zero, clip, accumulation, architecture, optimizer, _ = case.split("/")
+    ep, zero, clip, accumulation, architecture, optimizer, _, *keys = case.split("/")
     return Training.model_validate(
         {
             "model": {
@@ -53,6 +56,7 @@ def settings_for(case: str, ranks: int) -> Training:
             "steps": STEPS,
             "optimizer": {"kind": "muon" if optimizer == "muon" else "adamw", "lr": 0.3 if optimizer == "sgd" else 5e-3,
                           "gradient_clipping": 0.3 if clip == "clip" else 1e9},
+            **{key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in keys)},
             "parallel": {"ranks_per_node": ranks, "expert_parallel_size": int(ep), "zero_stage": int(zero)},
         }
     )  # fmt: skip
@@ -70,22 +74,22 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
     """Losses and gradient norms of a case, and a fingerprint of its final weights."""
     settings = settings_for(case, world.size)
     model = build_model(model_config(settings.model, settings.router, 64, 64, 0), seed=0)
-    engine = (SgdEngine if "/sgd/" in case else Engine)(model, settings, "cpu")
+    engine = (SgdEngine if "/sgd/" in case else Engine)(model, settings, options.device)
     probe = RouterProbe(engine.module)
     share = BATCH // world.size
-    losses, norms = [], []
+    losses, norms, began = [], [], time.monotonic()
     if options.load:
         for parameter in engine.module.parameters():  # what is not loaded must be seen
             parameter.data.fill_(0.123)
         engine.load(options.load)
     for step in data()[options.first : options.last]:
         mine = step[world.rank * share : (world.rank + 1) * share]
-        total = torch.zeros(())
+        total = torch.zeros((), device=options.device)
         for part in mine.chunk(settings.gradient_accumulation_steps):
             loss = token_losses(engine.forward(part[:, :-1]), part[:, 1:]).mean()
             heard = probe.collect()
             total += loss.detach() / settings.gradient_accumulation_steps
-            engine.backward(loss + 0.01 * heard.aux_loss if case.endswith("/aux") else loss)
+            engine.backward(loss + 0.01 * heard.aux_loss if "/aux" in case else loss)
             engine.step(settings.optimizer.lr)
         if settings.router.bias_update_rate:
             update_biases(engine.module, heard.counts_LE, settings.router.bias_update_rate)
@@ -97,7 +101,9 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
         engine.save(options.save)
     state = engine.state_in_transformers_layout()
     weights = {name: [float(value.double().sum()), float(value.double().norm())] for name, value in state.items()}
-    return {"losses": losses, "norms": norms, "weights": weights}
+    memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
+    return {"losses": losses, "norms": norms, "weights": weights, "peak_bytes": memory,
+            "seconds": time.monotonic() - began}  # fmt: skip
 
 
 if __name__ == "__main__":
@@ -108,9 +114,10 @@ if __name__ == "__main__":
     parser.add_argument("--last", type=int, default=4)
     parser.add_argument("--load", type=Path)
     parser.add_argument("--save", type=Path)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     chosen = parser.parse_args()
     place = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
-    start_process_group(place, "cpu")
+    start_process_group(place, chosen.device)
     told = {name: run(name, place, chosen) for name in chosen.cases}
     if place.is_first:
         chosen.out.write_text(json.dumps(told))

@@ -93,6 +93,19 @@ def test_every_layout_follows_the_curve_of_one_rank(ranks: int, reference: Curve
     print(f"{ranks} ranks: {len(found)} layouts, losses within {worst:.1e} of one rank")
 
 
+def test_recomputation_keeps_the_curve_and_bf16_stays_near_it(tmp_path: Path) -> None:
+    cases = ["2/1/clip/1/qwen3_moe/adam/aux", "2/3/clip/1/deepseek_v3/adam/aux"]
+    variants = ["recompute=attention", "recompute=full", "precision=bf16"]
+    found = launch(2, tmp_path, [*cases, *(f"{case}/{variant}" for case in cases for variant in variants)])
+    for case in cases:
+        losses = found[case]["losses"]
+        for variant in variants[:2]:
+            assert found[f"{case}/{variant}"]["losses"] == losses, variant
+        bf16 = found[f"{case}/precision=bf16"]["losses"]
+        assert bf16 != losses
+        assert bf16 == pytest.approx(losses, abs=0.03)
+
+
 @pytest.mark.parametrize(
     "setting",
     [
