@@ -41,11 +41,15 @@ def loop(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
 BACKENDS: dict[str, GroupedLinear] = {"grouped_mm": grouped_mm, "loop": loop, "megablocks": megablocks}
 
 
-def check_available(backend: str, device: str) -> None:
+def check_available(backend: str, device: str, precision: str) -> None:
     """Raise ConfigError when a backend cannot run here, with the way to get it."""
     if backend == "megablocks":
         if device != "cuda":
             raise ConfigError("train.expert_compute = megablocks needs an NVIDIA GPU: take grouped_mm")
+        if precision != "bf16":
+            raise ConfigError(
+                f"train.precision = {precision}, expert_compute = megablocks computes bf16 only: set bf16"
+            )
         grouped_gemm()
 
 

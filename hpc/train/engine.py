@@ -100,7 +100,7 @@ class Engine:
             precision = "bf16" if device == "cuda" else "fp32"
         self.precision, self.settings, self.device = precision, settings, device
         self._autoep = needs_autoep(settings)
-        check_available(settings.expert_compute, device)
+        check_available(settings.expert_compute, device, precision)
         if self._autoep:
             _apply_autoep_shim()
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
