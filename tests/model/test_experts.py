@@ -81,5 +81,5 @@ def test_an_absent_backend_says_how_to_get_it() -> None:
     with pytest.raises(ConfigError, match=r"pip install --no-deps .* megablocks==0\.10\.0"):
         check_available("megablocks", "cuda", "bf16")
     check_available("grouped_mm", "cpu", "fp32")
-    with pytest.raises(ConfigError, match="train.precision = fp32, expert_compute = megablocks computes bf16 only"):
+    with pytest.raises(ConfigError, match=r"train\.precision = fp32, expert_compute = megablocks computes bf16 only"):
         check_available("megablocks", "cuda", "fp32")
