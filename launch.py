@@ -349,6 +349,17 @@ def startup(repeats: int) -> None:
     click.echo(measure(repeats))
 
 
+@bench.command("data")
+@click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement; there are five per side.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def bench_data(seconds: float, as_json: bool) -> None:
+    """Tokens a second of the data loader beside litdata and grain, its part of a training step, and time to seek."""
+    from hpc.bench import data
+
+    found = data.measure(seconds)
+    click.echo(json.dumps(found) if as_json else data.show(found))
+
+
 def _confirm(question: str) -> bool:
     from hpc.errors import ConfigError
 

@@ -89,6 +89,8 @@ def describe(progress: dict[str, Any], power: Power | None) -> str:
         words.append(f"{progress['tokens_per_s']:,.0f} tokens/s")
     if power is not None:
         words.append(f"{power.watts:.0f} W{' (estimated)' if power.is_estimated else ''}")
+    if progress.get("mb_per_s"):
+        words.append(f"{progress['mb_per_s']:,.1f} MB/s")
     if progress.get("seconds_left"):
         words.append(f"{duration(progress['seconds_left'])} left")
     return "  ".join(words)

@@ -139,6 +139,7 @@ class StageTask:
                 stop_sampler(sampler)  # its last sample belongs to the receipt
             receipt = make_receipt(context, result, files, time.monotonic() - began)
             write_receipt(context.directory, receipt)
+            shutil.rmtree(context.directory.shards, ignore_errors=True)
             context.progress("done")
             if not context.directory.metrics.exists():
                 log_power(context, mirror)

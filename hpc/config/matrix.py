@@ -63,7 +63,7 @@ def _members(stage: Any, place: Any) -> list[Any]:
 def _filled(value: Any, chosen: dict[str, Any]) -> Any:
     """A value with its placeholders filled in; a text that is nothing but a placeholder takes the value's type."""
     if isinstance(value, dict):
-        return {key: _filled(inner, chosen) for key, inner in value.items()}
+        return {str(_filled(key, chosen)): _filled(inner, chosen) for key, inner in value.items()}
     if isinstance(value, list):
         return [_filled(inner, chosen) for inner in value]
     if isinstance(value, str):

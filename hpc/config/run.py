@@ -9,7 +9,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
-from hpc.config.stages import Artifact, Stage
+from hpc.config.stages import Artifact, Lora, Pretrain, Stage
 
 
 class Tracking(Frozen):
@@ -86,6 +86,9 @@ class RunConfig(Frozen):
                         f"it does not need{nearest(gate.stage, stage.needs)}"
                     )
             _check_inputs(f"stages[{index}] {stage.name!r}", stage, {s.name: s.produces for s in self.stages})
+            if isinstance(stage, (Pretrain, Lora)):
+                texts = [need.name for need in self.needed(stage, ["tokens"])]
+                _check_mixture(f"stages[{index}] {stage.name!r}", stage.train.mixture, texts)
         return self
 
     def ordered(self) -> list[Stage]:
@@ -122,3 +125,19 @@ def _check_inputs(where: str, stage: Stage, produces: dict[str, Artifact]) -> No
             )
     if stage.kind == "prepare" and len(stage.needs) > 1:
         raise ValueError(f"{where} needs {len(stage.needs)} stages, but takes its tokenizer from one: keep one")
+
+
+def _check_mixture(where: str, mixture: dict[str, float], texts: list[str]) -> None:
+    """A mixture names every needed stage that produces tokens, and no other."""
+    for name in mixture:
+        if name not in texts:
+            raise ValueError(
+                f"{where}: train.mixture names {name!r}, which is none of its needs that produce tokens"
+                f"{nearest(name, texts)}"
+            )
+    missing = [name for name in texts if name not in mixture]
+    if missing and (mixture or len(texts) > 1):
+        raise ValueError(
+            f"{where}: train.mixture gives no weight to {missing[0]!r}, which the stage needs: add it, or drop it "
+            "from needs"
+        )

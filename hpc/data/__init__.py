@@ -1,1 +1,1 @@
-"""Text to tokens on disk, and a loader whose position is a number."""
+"""Text to tokens on disk, mixtures of them, and a loader whose position is a number."""

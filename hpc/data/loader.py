@@ -1,95 +1,152 @@
 """Which tokens a rank sees at a step: a pure function of (seed, step, rank, world), so a position is one number.
 
-The token stream is cut into windows of seq_len + 1 tokens that overlap by one (inputs and targets); they cross document
-boundaries, which an end-of-text token marks. Each epoch visits every window once, in an order given by a keyed
-permutation (a four-round Feistel network with cycle walking), so no index file is needed and a seek is free. The order
-over the whole job does not depend on the number of ranks.
+A source's token stream is cut into windows of seq_len + 1 tokens that overlap by one (inputs and targets). They cross
+document boundaries, which an end-of-text token marks; with document masking the positions of a window start again at 0
+at every document start inside it, by the index of the store, so that a model attends to no earlier document. Each epoch
+of a source visits every window once, in an order given by a keyed permutation (hpc/data/permutation.py), so no index
+file is needed and a seek is free. Which source a sample takes is a schedule (hpc/data/mixture.py). The order over the
+whole job does not depend on the number of ranks.
 
-Shape letters: B sequences of a micro-batch, S seq_len.
+Shape letters: A micro-batches of a step, B sequences of a micro-batch, S seq_len.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hpc.data.mixture import Schedule
+from hpc.data.permutation import permute
 from hpc.data.store import TokenStore
 from hpc.errors import DataError
 
-ROUNDS = 4
+BLOCK = 512
+"""Samples whose windows a rank computes at a time: numpy's overhead is shared by so many."""
+
+Window = tuple[TokenStore, int]
+"""A store and the number of a window in it."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass reads."""
+
+    ids: NDArray[np.int64]
+    """Tokens, (B, S + 1): inputs and, shifted by one, targets."""
+
+    positions: NDArray[np.int64] | None
+    """Position of each input in its document or, for the first one, in the window, (B, S); None without masking."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A source of a mixture."""
+
+    name: str
+    store: TokenStore
+    weight: float = 1.0
+    """Part of all sequences, relative to the other sources' weights."""
 
 
 @dataclass(frozen=True)
 class Loader:
     """Micro-batches of one rank."""
 
-    store: TokenStore
+    sources: tuple[Share, ...]
     seq_len: int
     micro_batch_size: int
     gradient_accumulation_steps: int
     rank: int
     world_size: int
     seed: int
+    document_masking: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_windows < 1:
-            raise DataError(
-                f"{len(self.store):,} training tokens do not fill one sequence of seq_len = {self.seq_len}: "
-                "add text or lower train.batches.seq_len"
-            )
+        for source in self.sources:
+            if num_windows(source.store, self.seq_len) < 1:
+                raise DataError(
+                    f"{source.name}: {len(source.store):,} training tokens do not fill one sequence of seq_len = "
+                    f"{self.seq_len}: add text or lower train.batches.seq_len"
+                )
+
+    @cached_property
+    def _schedule(self) -> Schedule:
+        return Schedule([source.weight for source in self.sources])
+
+    def micro_batches(self, step: int) -> list[MicroBatch]:
+        """All micro-batches of a step for this rank."""
+        block, place = divmod(step, self._steps_per_block)
+        sources, windows = self._block(block)
+        return [
+            cut([(self.sources[source].store, window) for source, window in pairs], self.seq_len, self.document_masking)
+            for pairs in (zip(*row, strict=True) for row in zip(sources[place], windows[place], strict=True))
+        ]
 
     @property
-    def num_windows(self) -> int:
-        """Sequences in one epoch."""
-        return (len(self.store) - 1) // self.seq_len
+    def _steps_per_block(self) -> int:
+        return -(-BLOCK // (self.gradient_accumulation_steps * self.micro_batch_size))
 
-    def micro_batches(self, step: int) -> list[NDArray[np.int64]]:
-        """All micro-batches of a step for this rank, each (B, S + 1)."""
-        sequences_per_step = self.world_size * self.micro_batch_size * self.gradient_accumulation_steps
-        batches = []
-        for accumulation in range(self.gradient_accumulation_steps):
-            first = step * sequences_per_step
-            first += (accumulation * self.world_size + self.rank) * self.micro_batch_size
-            windows = self.windows(np.arange(first, first + self.micro_batch_size, dtype=np.uint64))
-            batches.append(cut(self.store, windows, self.seq_len))
-        return batches
+    def _block(self, number: int) -> tuple[Any, Any]:
+        """Sources and windows of this rank in a run of steps, as nested lists (step, A, B); the last one is kept."""
+        if number not in self._kept:
+            first = number * self._steps_per_block
+            drawn = self.windows(np.stack([self._samples(first + step) for step in range(self._steps_per_block)]))
+            self._kept.clear()
+            self._kept[number] = (drawn[0].tolist(), drawn[1].tolist())
+        return self._kept[number]
 
-    def windows(self, samples: NDArray[np.uint64]) -> NDArray[np.int64]:
-        """Window numbers of global sample numbers (any shape)."""
-        count = np.uint64(self.num_windows)
-        epochs, positions = samples // count, samples % count
-        return np.array(
-            [permute(int(position), self.num_windows, self.seed + 1_000_003 * int(epoch))
-             for epoch, position in zip(epochs.ravel(), positions.ravel(), strict=True)], np.int64,
-        ).reshape(samples.shape)  # fmt: skip
+    @cached_property
+    def _kept(self) -> dict[int, tuple[Any, Any]]:
+        return {}
 
+    def _samples(self, step: int) -> NDArray[np.uint64]:
+        """Global sample numbers of this rank, (A, B): the ranks lie side by side in each micro-batch."""
+        accumulation, size = self.gradient_accumulation_steps, self.micro_batch_size
+        passes = np.arange(step * accumulation, (step + 1) * accumulation)
+        first = (passes * self.world_size + self.rank) * size
+        return (first[:, None] + np.arange(size)).astype(np.uint64)
 
-def cut(store: TokenStore, windows: NDArray[np.int64], seq_len: int) -> NDArray[np.int64]:
-    """Windows of the stream, (B,) -> (B, S + 1)."""
-    offsets = windows[:, None] * seq_len + np.arange(seq_len + 1)[None, :]
-    return np.asarray(store.tokens[offsets], np.int64)
-
-
-def permute(position: int, count: int, key: int) -> int:
-    """The place of `position` in a keyed permutation of range(count).
-
-    A balanced Feistel network (Luby and Rackoff 1988) on the next even number of bits; values outside the range are
-    put through again until they fall inside, which keeps it a permutation.
-    """
-    half = max(1, (max(1, count - 1).bit_length() + 1) // 2)
-    mask = (1 << half) - 1
-    while True:
-        left, right = position >> half, position & mask
-        for number in range(ROUNDS):
-            left, right = right, left ^ (_mix(right, key, number) & mask)
-        position = (left << half) | right
-        if position < count:
-            return position
+    def windows(self, samples: NDArray[np.uint64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source and window number of global sample numbers, each of the shape of `samples`."""
+        sources, numbers = self._schedule.draw(samples)
+        windows = np.empty(samples.shape, np.int64)
+        for source in np.unique(sources).tolist():
+            count = num_windows(self.sources[source].store, self.seq_len)
+            epochs = numbers // np.uint64(count)
+            for epoch in np.unique(epochs[sources == source]).tolist():
+                here = (sources == source) & (epochs == epoch)
+                windows[here] = permute(numbers[here] % np.uint64(count), count, self.seed, source, epoch)
+        return sources, windows
 
 
-def _mix(value: int, key: int, number: int) -> int:
-    """SplitMix64's finalizer over value, key and round number (Steele et al. 2014)."""
-    state = (value * 0x9E3779B97F4A7C15 + key * 0xD1342543DE82EF95 + number * 0xA0761D6478BD642F) & (2**64 - 1)
-    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
-    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
-    return state ^ (state >> 31)
+def epochs(sources: Sequence[Share], seq_len: int, num_sequences: int) -> dict[str, float]:
+    """How often the first `num_sequences` samples have gone through each source."""
+    counts = Schedule([source.weight for source in sources]).counts(num_sequences)
+    return {
+        source.name: count / num_windows(source.store, seq_len) for source, count in zip(sources, counts, strict=True)
+    }
+
+
+def num_windows(store: TokenStore, seq_len: int) -> int:
+    """Sequences in one epoch of a store."""
+    return (len(store) - 1) // seq_len
+
+
+def cut(windows: Sequence[Window], seq_len: int, document_masking: bool) -> MicroBatch:
+    """Windows of one or several streams, as a micro-batch of len(windows) sequences."""
+    ids = np.empty((len(windows), seq_len + 1), np.int64)
+    for row, (store, window) in enumerate(windows):
+        ids[row] = store.tokens[window * seq_len : window * seq_len + seq_len + 1]
+    if not document_masking:
+        return MicroBatch(ids, None)
+    starts = []  # in the rows laid one after another; a row is a start of its own
+    for row, (store, window) in enumerate(windows):
+        begin, here = window * seq_len, row * seq_len
+        starts.append(here)
+        starts += [start - begin + here for start in store.document_starts(begin + 1, begin + seq_len)]
+    lengths = np.diff(starts, append=len(windows) * seq_len)
+    positions = np.arange(len(windows) * seq_len) - np.repeat(starts, lengths)
+    return MicroBatch(ids, positions.reshape(len(windows), seq_len))

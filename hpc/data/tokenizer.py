@@ -1,5 +1,6 @@
 """A byte-level BPE tokenizer (GPT-2 style), trained here or taken over, kept as a Hugging Face tokenizer folder."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable
@@ -64,6 +65,11 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise DataError(
             f"{folder / 'tokenizer.json'} is not a tokenizer that the tokenizers library reads: {error}"
         ) from None
+
+
+def tokenizer_hash(folder: Path) -> str:
+    """SHA-256 of a folder's tokenizer.json: the same text becomes the same ids where it is the same."""
+    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
 
 
 def end_of_text_id(tokenizer: Tokenizer, folder: Path) -> int:

@@ -4,7 +4,7 @@ Shape letters: B sequences, S seq_len, V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -12,17 +12,18 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc.data.loader import cut
+from hpc.data.loader import cut, num_windows
 from hpc.data.store import TokenStore
 from hpc.errors import DataError
 
 
 def held_out_loss(
-    forward: Callable[[Tensor], Tensor],
-    store: TokenStore,
+    forward: Callable[[Tensor, Tensor | None], Tensor],
+    stores: Sequence[TokenStore],
     *,
     seq_len: int,
     batch_size: int,
+    document_masking: bool = True,
     max_tokens: int | None = None,
     rank: int = 0,
     world_size: int = 1,
@@ -30,23 +31,28 @@ def held_out_loss(
 ) -> tuple[float, int]:
     """Mean negative log-likelihood (nats per token) and the number of tokens it was taken over.
 
-    forward maps ids (B, S) to logits (B, S, V). The stream is cut into windows of S inputs and S targets that do not
-    overlap; the first `max_tokens` are used (all when None). Ranks share the windows; every rank makes the same number
-    of passes, with weight 0 where it has none left, so that expert-parallel exchanges match. Collective then.
+    forward maps ids (B, S) and positions (B, S), None without document masking, to logits (B, S, V). The streams are
+    cut into windows of S inputs and S targets that do not overlap; `max_tokens` of them (all when None) are taken
+    evenly from all over the streams. Ranks share the windows; every rank makes the same number of passes, with weight 0
+    where it has none left, so that expert-parallel exchanges match. Collective then.
     """
-    windows = (len(store) - 1) // seq_len
-    if windows < 1:
-        raise DataError(f"{len(store):,} held-out tokens do not fill one sequence of {seq_len}: add text to hold out")
-    if max_tokens is not None:
-        windows = min(windows, max(1, max_tokens // seq_len))
+    pool = [(store, window) for store in stores for window in range(num_windows(store, seq_len))]
+    if not pool:
+        held = sum(map(len, stores))
+        raise DataError(f"{held:,} held-out tokens do not fill one sequence of {seq_len}: add text to hold out")
+    windows = len(pool) if max_tokens is None else min(len(pool), max(1, max_tokens // seq_len))
+    spread = np.arange(windows) * len(pool) // windows
     passes = math.ceil(windows / (batch_size * world_size))
     total, count = 0.0, 0
     with torch.no_grad():
         for number in range(passes):
             first = (number * world_size + rank) * batch_size
             wanted = np.arange(first, first + batch_size)
-            batch = torch.from_numpy(cut(store, np.minimum(wanted, windows - 1), seq_len))
-            loss = token_losses(forward(batch[:, :-1]), batch[:, 1:])
+            chosen = spread[np.minimum(wanted, windows - 1)]
+            batch = cut([pool[at] for at in chosen], seq_len, document_masking)
+            ids = torch.from_numpy(batch.ids)
+            positions = None if batch.positions is None else torch.from_numpy(batch.positions)
+            loss = token_losses(forward(ids[:, :-1], positions), ids[:, 1:])
             real = int((wanted < windows).sum())
             total += float(loss[:real].double().sum())
             count += real * seq_len

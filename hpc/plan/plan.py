@@ -6,7 +6,7 @@ energy is time x the power model of the site. Both are estimates, for a decision
 
 import glob
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -249,10 +249,7 @@ def _work(config: RunConfig, stage: Stage, facts: Facts | None) -> tuple[Quantit
             if isinstance(stage.train, AdapterTraining)
             else training_flops_per_token(*shape, seq_len)
         )
-        text = _text_bytes(config.needed(stage, ["tokens"])[0])
-        notes = (
-            () if text is None else (f"about {tokens / (text / BYTES_PER_TOKEN):.2f} epochs of its text (estimated)",)
-        )
+        notes = tuple(_epochs(stage.train, tokens, config.needed(stage, ["tokens"])))
         return Quantity(tokens * per_token, "FLOP", "derived: tokens x FLOPs per token"), tokens, notes
     if isinstance(stage, Evaluate):
         held_out = [_held_out_tokens(source, stage.tokens) for source in config.needed(stage, ["tokens"])]
@@ -263,6 +260,17 @@ def _work(config: RunConfig, stage: Stage, facts: Facts | None) -> tuple[Quantit
         flops = tokens * forward_flops_per_token(*shape, facts.seq_len)
         return Quantity(flops, "FLOP", "estimated: forward passes over text at 4.4 bytes a token"), tokens, ()
     return Quantity(0.0, "FLOP", "derived: none to speak of"), None, ()
+
+
+def _epochs(settings: TrainingBase, tokens: int, texts: list[Stage]) -> Iterator[str]:
+    """How often a training stage goes through each of its texts."""
+    weights = [settings.mixture.get(text.name, 1.0) for text in texts]
+    for text, weight in zip(texts, weights, strict=True):
+        size = _text_bytes(text)
+        if size is not None:
+            share = weight / sum(weights)
+            of = "its text" if len(texts) == 1 else text.name
+            yield f"about {share * tokens / (size / BYTES_PER_TOKEN):.2f} epochs of {of} (estimated)"
 
 
 def _memory(facts: Facts | None, settings: TrainingBase | None, precision: str | None) -> Quantity:

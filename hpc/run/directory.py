@@ -14,6 +14,7 @@ RUN/stages/STAGE/          one stage
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
     checkpoints/step-N/    published checkpoints, never changed once they are there
+    shards/                what a stage that reads text has done so far
     artifact/              what the next stages read
     receipt.json           written last: the stage is done
     jobs/ wandb/           submitit's files and logs on this machine; W&B's files
@@ -146,6 +147,11 @@ class StageDirectory:
     def checkpoints(self) -> Path:
         """Published checkpoints."""
         return self.root / "checkpoints"
+
+    @property
+    def shards(self) -> Path:
+        """Work done by earlier attempts of a stage that reads text; gone once it has its receipt."""
+        return self.root / "shards"
 
     @property
     def artifact(self) -> Path:

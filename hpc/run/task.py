@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from pydantic import Field, TypeAdapter
 
-from hpc.config import Facility, Machine, Stage, Tracking
+from hpc.config import Artifact, Facility, Machine, Stage, Tracking
 from hpc.config.base import Frozen
 from hpc.errors import ArtifactError, Fenced, StageError, Stopped
 from hpc.run.attempts import Fence
@@ -59,7 +59,7 @@ class TaskFile(Frozen):
 
 def asked(stage: Stage, seed: int) -> dict[str, Any]:
     """What a stage's result depends on besides its inputs: its configuration, and the seed where one is used."""
-    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs", "gate", "resources", "array"})
+    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs", "gate", "resources", "array", "workers"})
     return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
 
 
@@ -179,6 +179,15 @@ class Context:
             for name in self.task.stage.needs
             if by_name[name].produces in artifacts
         ]
+
+    def input_files(self, artifact: Artifact) -> dict[str, str]:
+        """STAGE/FILE -> size and hash, of every file that the needed stages producing `artifact` left, as it was
+        verified against their receipts when the attempt began."""
+        return {
+            f"{name}/{file['path']}": f"{file['bytes']:,} bytes with SHA-256 {file['sha256'][:16]}"
+            for name, _ in self.inputs(artifact)
+            for file in self.input_receipt(name).files
+        }
 
     def check_fence(self) -> None:
         """Raises Fenced when a newer attempt has taken over."""

@@ -5,13 +5,35 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from hpc.data.tokenizer import FILES
+from hpc.config import TrainingBase
+from hpc.data.loader import Share
+from hpc.data.store import TokenStore
+from hpc.data.tokenizer import FILES, tokenizer_hash
+from hpc.errors import DataError
+from hpc.run.task import Context
 
 
 def token_facts(tokens: Path) -> dict[str, Any]:
     """tokens.json of a `prepare` stage: vocab_size, end_of_text_id, tokens and bytes of each part."""
     facts: dict[str, Any] = json.loads((tokens / "tokens.json").read_text(encoding="utf-8"))
     return facts
+
+
+def mixture(context: Context, settings: TrainingBase) -> tuple[tuple[Share, ...], tuple[TokenStore, ...]]:
+    """What a stage trains on, with its weights, and the held-out tokens of the same sources.
+
+    Raises DataError when the sources were made with different tokenizers.
+    """
+    texts = context.inputs("tokens")
+    first_name, first = texts[0]
+    for name, folder in texts[1:]:
+        if tokenizer_hash(folder / "tokenizer") != tokenizer_hash(first / "tokenizer"):
+            raise DataError(
+                f"{first_name!r} and {name!r} were tokenized differently and cannot be mixed: let one of these prepare "
+                "stages need the other, so that it takes its tokenizer"
+            )
+    shares = tuple(Share(name, TokenStore(folder / "train"), settings.mixture.get(name, 1.0)) for name, folder in texts)
+    return shares, tuple(TokenStore(folder / "held_out") for _, folder in texts)
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:

@@ -69,14 +69,14 @@ def run(context: Context) -> Result:
 def _measure(
     context: Context, stage: Evaluate, name: str, model: Any, set_name: str, store: TokenStore, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    def forward(ids: torch.Tensor) -> torch.Tensor:
+    def forward(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
         logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
         return logits
 
     began = time.monotonic()
     loss, tokens = held_out_loss(
         forward,
-        store,
+        [store],
         seq_len=model.config.max_position_embeddings,
         batch_size=BATCH_SIZE,
         max_tokens=stage.tokens,

@@ -5,10 +5,11 @@ import shutil
 
 from hpc.adapt.lora import attach, save_adapter, trainable_parameters
 from hpc.config import Lora
-from hpc.data.store import TokenStore
+from hpc.data.loader import epochs
 from hpc.model.build import load_model
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
+from hpc.stages.common import mixture
 from hpc.train.engine import pick_device, start_process_group
 from hpc.train.loop import Job, on_first_rank, train
 
@@ -22,7 +23,8 @@ def run(context: Context) -> Result:
     assert isinstance(stage, Lora)
     settings = stage.train
     start_process_group(context.world, pick_device(context.task.machine.device))
-    (base_name, base), (_, tokens) = context.inputs("model")[0], context.inputs("tokens")[0]
+    base_name, base = context.inputs("model")[0]
+    train_tokens, held_out_tokens = mixture(context, settings)
     model = load_model(base)
     top_k = int(model.config.num_experts_per_tok)
     total = model.num_parameters()
@@ -33,8 +35,8 @@ def run(context: Context) -> Result:
         settings=settings,
         top_k=top_k,
         aux_loss=0.0,  # routers are frozen
-        train_tokens=TokenStore(tokens / "train"),
-        held_out_tokens=TokenStore(tokens / "held_out"),
+        train_tokens=train_tokens,
+        held_out_tokens=held_out_tokens,
         measure_before=True,
     )
     trained = train(context, job)
@@ -48,16 +50,18 @@ def run(context: Context) -> Result:
 
     on_first_rank(context.world.is_first, write)
     trained.checkpoints.clear()
+    num_tokens = settings.steps * settings.batches.tokens_per_step
     metrics = {
         "heldout_loss_before": trained.held_out_loss_before,
         "heldout_loss": trained.held_out_loss,
         "heldout_perplexity": math.exp(trained.held_out_loss),
         "train_loss": trained.last_loss,
         "steps": settings.steps,
-        "tokens": settings.steps * settings.batches.tokens_per_step,
+        "tokens": num_tokens,
         "trainable_params": trainable,
         "total_params": total,
         "tokens_per_s": trained.tokens_per_s,
+        "epochs": epochs(train_tokens, settings.batches.seq_len, num_tokens // settings.batches.seq_len),
         "replayed_steps": trained.replayed_steps,
     }
     provenance = {
@@ -70,6 +74,7 @@ def run(context: Context) -> Result:
         "trainable_params": "measured: counted over the adapters",
         "total_params": "measured: counted over the base model",
         "tokens_per_s": "measured: median step of the last attempt",
+        "epochs": "derived: sequences read / sequences there are, of each source",
         "replayed_steps": "measured: steps done again after a lost attempt",
     }
     return Result(metrics, provenance, {}, ("torch", "deepspeed", "transformers", "peft"))

@@ -5,14 +5,14 @@ import shutil
 from pathlib import Path
 
 from hpc.config import Pretrain
-from hpc.data.store import TokenStore
+from hpc.data.loader import epochs
 from hpc.model.build import build_model, model_config, save_model
 from hpc.model.routing import PASSPORT
 from hpc.plan.flops import training_flops_per_token
 from hpc.plan.params import count
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import copy_tokenizer_files, token_facts
+from hpc.stages.common import copy_tokenizer_files, mixture, token_facts
 from hpc.train.engine import pick_device, start_process_group
 from hpc.train.loop import Job, on_first_rank, train
 
@@ -28,13 +28,14 @@ def run(context: Context) -> Result:
     config = model_config(
         settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len, facts["end_of_text_id"]
     )
+    train_tokens, held_out_tokens = mixture(context, settings)
     job = Job(
         model=build_model(config, context.task.seed, settings.model.initialization),
         settings=settings,
         top_k=settings.router.top_k,
         aux_loss=settings.router.aux_loss,
-        train_tokens=TokenStore(tokens / "train"),
-        held_out_tokens=TokenStore(tokens / "held_out"),
+        train_tokens=train_tokens,
+        held_out_tokens=held_out_tokens,
         z_loss=settings.router.z_loss,
         balance_over_step=settings.router.aux_loss_over == "step",
         bias_update_rate=settings.router.bias_update_rate,
@@ -69,6 +70,7 @@ def run(context: Context) -> Result:
         "flops": num_tokens
         * training_flops_per_token(settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len),
         "tokens_per_s": trained.tokens_per_s,
+        "epochs": epochs(train_tokens, settings.batches.seq_len, num_tokens // settings.batches.seq_len),
         "replayed_steps": trained.replayed_steps,
         "seq_len": settings.batches.seq_len,
     }
@@ -82,6 +84,7 @@ def run(context: Context) -> Result:
         "active_params": "derived: from the model's shape, parameters one token uses",
         "flops": "derived: model FLOPs of forward and backward, formula in hpc/plan/flops.py",
         "tokens_per_s": "measured: median step of the last attempt",
+        "epochs": "derived: sequences read / sequences there are, of each source",
         "replayed_steps": "measured: steps done again after a lost attempt",
         "seq_len": "derived: from the configuration",
     }

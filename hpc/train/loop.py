@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hpc.config import TrainingBase
-from hpc.data.loader import Loader
+from hpc.data.loader import Loader, Share
 from hpc.data.store import TokenStore
 from hpc.energy.meter import EnergyMeter
 from hpc.errors import StageError, Stopped
@@ -45,8 +45,8 @@ class Job:
     settings: TrainingBase
     top_k: int
     aux_loss: float
-    train_tokens: TokenStore
-    held_out_tokens: TokenStore
+    train_tokens: tuple[Share, ...]
+    held_out_tokens: tuple[TokenStore, ...]
     z_loss: float = 0.0
     balance_over_step: bool = False
     """Whether the balancing loss sees the counts of the whole step so far, not of one micro-batch."""
@@ -99,9 +99,11 @@ class _Loop:
             world.rank,
             world.size,
             context.task.seed,
+            settings.batches.document_masking,
         )
         origin = {
             "stage": digest(asked_to_learn(context.task.stage, context.task.seed)),
+            **context.input_files("tokens"),
             "inputs": digest(context.task.inputs),
         }
         self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
@@ -180,7 +182,7 @@ class _Loop:
         counts: torch.Tensor | None = None
         batches = self.loader.micro_batches(step)
         for number, batch in enumerate(batches):
-            ids = torch.from_numpy(batch)
+            ids = torch.from_numpy(batch.ids)
             loss = token_losses(self.engine.forward(ids[:, :-1]), ids[:, 1:]).mean()
             heard = self.probe.collect(counts if self.job.balance_over_step else None)
             counts = heard.counts_LE if counts is None else counts + heard.counts_LE
@@ -222,9 +224,10 @@ class _Loop:
                 self.context.progress("held-out loss", done=done, total=total)
 
         loss, _ = held_out_loss(
-            self.engine.forward,
+            lambda ids, positions: self.engine.forward(ids),
             self.job.held_out_tokens,
             seq_len=self.settings.batches.seq_len,
+            document_masking=self.settings.batches.document_masking,
             batch_size=self.settings.batches.micro_batch_size,
             max_tokens=max_tokens,
             rank=self.context.world.rank,

@@ -1,27 +1,20 @@
-"""Text to tokens on disk, and which tokens a rank sees at a step."""
+"""Sources, tokenizer, and the store of tokens on disk."""
 
 import json
+import os
+import resource
 import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from hpc.config import Source
-from hpc.data.loader import Loader, permute
 from hpc.data.sources import held_out, read_documents
-from hpc.data.store import TokenStore, write_store
+from hpc.data.store import TokenStore, join_stores, write_store
 from hpc.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from hpc.errors import DataError
 from hpc.stages.prepare import unigram_loss
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> TokenStore:
-    write_store(tmp_path / "tokens", [list(range(n, n + 100)) for n in range(0, 1000, 100)], vocab_size=4096)
-    return TokenStore(tmp_path / "tokens")
 
 
 def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -38,11 +31,71 @@ def test_a_large_vocabulary_takes_four_bytes(tmp_path: Path) -> None:
     assert TokenStore(tmp_path / "t").tokens.tolist() == [70_000]
 
 
-def test_the_index_is_megatrons_byte_for_byte(tmp_path: Path) -> None:
-    write_store(tmp_path / "t", [[5, 6], [7]], 4096)
-    expected = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 2, 3) + struct.pack("<2i", 2, 1)
-    expected += struct.pack("<2q", 0, 4) + struct.pack("<3q", 0, 1, 2)
-    assert (tmp_path / "t.idx").read_bytes() == expected
+INDEX = bytes.fromhex(
+    "4d4d4944494458 0000"  # "MMIDIDX", two zero bytes
+    "0100000000000000"  # version 1
+    "08"  # dtype: uint16
+    "0300000000000000"  # three sequences
+    "0400000000000000"  # four document boundaries
+    "02000000 00000000 01000000"  # lengths: 2, 0, 1
+    "0000000000000000 0400000000000000 0400000000000000"  # byte offsets: 0, 4, 4
+    "0000000000000000 0100000000000000 0200000000000000 0300000000000000"  # boundaries: 0, 1, 2, 3
+)
+"""What Megatron's _IndexWriter makes of the documents [5, 258], [], [7], written out by hand."""
+
+
+def test_the_files_are_megatrons_byte_for_byte(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", [[5, 258], [], [7]], 4096)
+    assert (tmp_path / "t.idx").read_bytes() == INDEX
+    assert (tmp_path / "t.bin").read_bytes() == bytes.fromhex("0500 0201 0700")
+
+
+@pytest.mark.parametrize(("code", "name"), [(1, "u1"), (2, "i1"), (3, "<i2"), (4, "<i4"), (5, "<i8"), (8, "<u2")])
+def test_every_whole_number_type_of_megatron_is_read(tmp_path: Path, code: int, name: str) -> None:
+    size = np.dtype(name).itemsize
+    index = bytearray(INDEX)
+    index[17] = code
+    struct.pack_into("<3q", index, 34 + 12, 0, 2 * size, 2 * size)
+    (tmp_path / "t.idx").write_bytes(bytes(index))
+    (tmp_path / "t.bin").write_bytes(np.array([5, 100, 7], name).tobytes())
+    store = TokenStore(tmp_path / "t")
+    assert store.tokens.tolist() == [5, 100, 7]
+    assert store.document_starts(0, 3) == [0, 2, 2]
+
+
+def test_documents_of_several_sequences_start_where_megatron_says(tmp_path: Path) -> None:
+    write_store(tmp_path / "t", [[1, 2], [3], [4, 5, 6], [7]], 4096)
+    index = (tmp_path / "t.idx").read_bytes()
+    boundaries = struct.pack("<3q", 0, 3, 4)  # two documents: the first three sequences, and the last one
+    count = struct.pack("<Q", 3)
+    (tmp_path / "t.idx").write_bytes(index[:26] + count + index[34 : 34 + 4 * 12] + boundaries + b"\0" * 4)
+    store = TokenStore(tmp_path / "t")
+    assert store.num_documents == 2
+    assert store.document_starts(0, 7) == [0, 6]
+    assert store.document_starts(1, 6) == []
+
+
+def test_more_stores_are_joined_than_files_may_be_open(tmp_path: Path) -> None:
+    parts = [tmp_path / f"part-{number}" for number in range(60)]
+    for number, part in enumerate(parts):
+        write_store(part, [[number]], 300)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        join_stores(tmp_path / "joined", parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert TokenStore(tmp_path / "joined").tokens.tolist() == list(range(60))
+
+
+def test_joined_stores_are_the_store_of_all_documents(tmp_path: Path) -> None:
+    documents = [[[1, 2], []], [], [[3]], [[4, 5, 6]]]
+    for number, part in enumerate(documents):
+        write_store(tmp_path / f"part-{number}", part, 100_000)
+    join_stores(tmp_path / "joined", [tmp_path / f"part-{number}" for number in range(4)])
+    write_store(tmp_path / "whole", [document for part in documents for document in part], 100_000)
+    for suffix in (".bin", ".idx"):
+        assert (tmp_path / f"joined{suffix}").read_bytes() == (tmp_path / f"whole{suffix}").read_bytes()
 
 
 def test_a_cut_off_store_is_refused(tmp_path: Path) -> None:
@@ -53,47 +106,6 @@ def test_a_cut_off_store_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.idx").write_bytes(b"garbage")
     with pytest.raises(DataError, match="is not a Megatron index file"):
         TokenStore(tmp_path / "t")
-
-
-@given(count=st.integers(1, 400), key=st.integers(0, 2**70))
-def test_the_shuffle_is_a_permutation(count: int, key: int) -> None:
-    assert sorted(permute(position, count, key) for position in range(count)) == list(range(count))
-
-
-def test_the_shuffle_depends_on_its_key_and_is_not_the_identity() -> None:
-    orders = [[permute(position, 50, key) for position in range(50)] for key in (1, 2)]
-    assert orders[0] != orders[1]
-    assert orders[0] != list(range(50))
-
-
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_the_tokens_of_a_step_do_not_depend_on_the_number_of_ranks(store: TokenStore, world: int) -> None:
-    alone = Loader(store, 16, 8, 1, rank=0, world_size=1, seed=5)
-    ranks = [Loader(store, 16, 2, 4 // world, rank=rank, world_size=world, seed=5) for rank in range(world)]
-    for step in (0, 3, 20):
-        wanted = np.concatenate(alone.micro_batches(step))
-        per_rank = [loader.micro_batches(step) for loader in ranks]
-        found = np.concatenate([batches[n] for n in range(4 // world) for batches in per_rank])
-        assert np.array_equal(wanted, found)
-
-
-def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(store: TokenStore) -> None:
-    loader = Loader(store, 16, 1, 1, rank=0, world_size=1, seed=5)
-    epochs = [loader.windows(np.arange(62 * e, 62 * (e + 1), dtype=np.uint64)).tolist() for e in range(2)]
-    assert loader.num_windows == 62
-    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(62))
-    assert epochs[0] != epochs[1]
-
-
-def test_inputs_and_targets_overlap_by_all_but_one(store: TokenStore) -> None:
-    (batch,) = Loader(store, 16, 2, 1, rank=0, world_size=1, seed=5).micro_batches(0)
-    assert batch.shape == (2, 17)
-    assert np.array_equal(batch[0], np.arange(batch[0, 0], batch[0, 0] + 17))
-
-
-def test_too_little_text_for_one_sequence_is_told(store: TokenStore) -> None:
-    with pytest.raises(DataError, match="do not fill one sequence of seq_len = 5000"):
-        Loader(store, 5000, 1, 1, 0, 1, 0)
 
 
 def test_documents_come_from_text_jsonl_and_parquet_alike(tmp_path: Path) -> None:

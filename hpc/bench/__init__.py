@@ -1,0 +1,1 @@
+"""Benchmarks: this software against a limit or a peer, measured in one run."""
