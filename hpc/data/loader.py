@@ -147,6 +147,7 @@ def cut(windows: Sequence[Window], seq_len: int, document_masking: bool) -> Micr
         begin, here = window * seq_len, row * seq_len
         starts.append(here)
         starts += [start - begin + here for start in store.document_starts(begin + 1, begin + seq_len)]
-    lengths = np.diff(starts, append=len(windows) * seq_len)
-    positions = np.arange(len(windows) * seq_len) - np.repeat(starts, lengths)
+    lengths = [end - start for start, end in zip(starts, [*starts[1:], len(windows) * seq_len], strict=True)]
+    positions = np.arange(len(windows) * seq_len)
+    positions -= np.repeat(starts, lengths)
     return MicroBatch(ids, positions.reshape(len(windows), seq_len))
