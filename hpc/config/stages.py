@@ -49,7 +49,7 @@ class Tokenizer(Frozen):
 
     train_bytes: PositiveInt = 1_000_000_000
     """About how many bytes of training text a new vocabulary is learned from, taken evenly from all over the text.
-    Time grows with it (1 to 10 MB/s and core), memory with the number of different words."""
+    Time grows with it (a few MB/s), memory with the number of different words."""
 
 
 NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
@@ -131,7 +131,7 @@ class Prepare(Task):
     """Part of the documents kept for evaluation, chosen by hash: the same text is always on the same side."""
 
     workers: PositiveInt | None = None
-    """Processes that read and tokenize, about 0.2 GB of memory each. The CPUs of the job when left out: those that the
+    """Processes that read and tokenize, about 0.1 GB of memory each. The CPUs of the job when left out: those that the
     process may use, at most OMP_NUM_THREADS where that is more than one. The result is the same for any number."""
 
     @model_validator(mode="after")

@@ -1,12 +1,11 @@
 """Which tokens a rank sees at a step: order, mixture, positions, and how fast any step is found."""
 
 import time
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hpc.data.loader import Loader, Share, cut, epochs, num_windows
@@ -37,6 +36,7 @@ def mixed(tmp_path: Path) -> tuple[Share, ...]:
     return tuple(shares)
 
 
+@settings(deadline=None)
 @given(count=st.integers(1, 700), key=st.integers(0, 2**70))
 def test_the_shuffle_is_a_permutation(count: int, key: int) -> None:
     assert sorted(permute(numbers(count), count, key).tolist()) == list(range(count))
@@ -86,6 +86,14 @@ def test_an_epoch_visits_every_window_once_and_the_next_one_in_another_order(sto
     assert across == orders[0][31:] + orders[1][:31]
 
 
+def test_two_sources_of_the_same_size_are_read_in_different_orders(store: TokenStore) -> None:
+    loader = Loader((Share("one", store, 0.5), Share("two", store, 0.5)), 16, 1, 1, rank=0, world_size=1, seed=5)
+    sources, windows = loader.windows(numbers(124))
+    one, two = (windows[sources == number].tolist() for number in (0, 1))
+    assert sorted(one) == sorted(two) == list(range(62))
+    assert one != two
+
+
 def test_each_source_of_a_mixture_has_epochs_of_its_own(mixed: tuple[Share, ...]) -> None:
     loader = Loader(mixed, 16, 1, 1, rank=0, world_size=1, seed=5)
     sources, windows = loader.windows(numbers(3000))
@@ -103,18 +111,21 @@ def test_each_source_of_a_mixture_has_epochs_of_its_own(mixed: tuple[Share, ...]
     }  # fmt: skip
 
 
+@settings(deadline=None)
+@example(parts=[8, 40, 40, 40, 1], first=0)  # serving the one that is owed most would miss the bound
 @given(parts=st.lists(st.integers(1, 40), min_size=1, max_size=6), first=st.integers(0, 10**12))
 def test_any_first_samples_are_within_one_of_their_weights(parts: list[int], first: int) -> None:
     weights = [part / 8 for part in parts]
     schedule, total = Schedule(weights), sum(parts)
     sources, before = schedule.draw(numbers(3 * total))
+    given_so_far = [0] * len(parts)
     for count in range(3 * total + 1):
-        given_so_far = [(sources[:count] == number).sum() for number in range(len(parts))]
         assert given_so_far == schedule.counts(count)
         for number, part in enumerate(parts):
-            assert abs(int(given_so_far[number]) - Fraction(part * count, total)) < 1
+            assert abs(given_so_far[number] * total - part * count) < total
         if count < 3 * total:
             assert before[count] == given_so_far[sources[count]]
+            given_so_far[sources[count]] += 1
     later, _ = schedule.draw(numbers(total, first))
     assert np.bincount(later, minlength=len(parts)).tolist() == [part * total // sum(parts) for part in parts]
 
@@ -136,6 +147,7 @@ def test_inputs_and_targets_overlap_by_all_but_one(store: TokenStore) -> None:
     assert np.array_equal(batch.ids[0], np.arange(batch.ids[0, 0], batch.ids[0, 0] + 17))
 
 
+@settings(deadline=None)
 @given(lengths=st.lists(st.integers(0, 9), min_size=1, max_size=40), seq_len=st.integers(1, 12))
 def test_positions_start_again_at_every_document(
     tmp_path_factory: pytest.TempPathFactory, lengths: list[int], seq_len: int
