@@ -47,6 +47,7 @@ class Job:
     aux_loss: float
     train_tokens: tuple[Share, ...]
     held_out_tokens: tuple[TokenStore, ...]
+    """Of the same sources; the loss is the mean over all their windows, whatever the weights."""
     z_loss: float = 0.0
     balance_over_step: bool = False
     """Whether the balancing loss sees the counts of the whole step so far, not of one micro-batch."""
