@@ -70,7 +70,7 @@ def _measure(
     context: Context, stage: Evaluate, name: str, model: Any, set_name: str, store: TokenStore, facts: dict[str, Any]
 ) -> dict[str, Any]:
     def forward(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, use_cache=False).logits
+        logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
         return logits
 
     began = time.monotonic()

@@ -18,12 +18,16 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 tokens = numpy.fromfile(sys.argv[2], dtype=numpy.uint16).astype(numpy.int64)
 total, count, width = 0.0, 0, model.config.max_position_embeddings
+starts = numpy.append(0, numpy.flatnonzero(tokens == tokens[-1]) + 1)  # documents end with the last token's id
 windows = (len(tokens) - 1) // width
 for first in range(0, windows, 16):
     rows = [tokens[w * width : w * width + width + 1] for w in range(first, min(first + 16, windows))]
     ids = torch.tensor(numpy.stack(rows))
+    places = numpy.arange(first * width, (first + len(rows)) * width).reshape(len(rows), width)
+    documents = starts[numpy.searchsorted(starts, places, side="right") - 1]
+    positions = torch.tensor(places - numpy.maximum(documents, places[:, :1]))
     with torch.no_grad():
-        logits = model(input_ids=ids[:, :-1]).logits
+        logits = model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False).logits
     total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
     count += ids[:, 1:].numel()
 print(total / count)
