@@ -10,7 +10,9 @@ from hpc.model.build import load_model
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.train.engine import pick_device, start_process_group
+from hpc.train.health import HEALTH_PROVENANCE
 from hpc.train.loop import Job, on_first_rank, train
+from hpc.train.watchdog import Watchdog
 
 BASE_FILE = "base.json"
 """Says which model an adapter belongs to; `merge` refuses another one."""
@@ -21,7 +23,9 @@ def run(context: Context) -> Result:
     stage = context.task.stage
     assert isinstance(stage, Lora)
     settings = stage.train
-    start_process_group(context.world, pick_device(context.task.machine.device))
+    watchdog = Watchdog.start(context, settings.health.hang)
+    timeout_s = settings.health.hang.longest_s + 60
+    start_process_group(context.world, pick_device(context.task.machine.device), timeout_s)
     (base_name, base), (_, tokens) = context.inputs("model")[0], context.inputs("tokens")[0]
     model = load_model(base)
     top_k = int(model.config.num_experts_per_tok)
@@ -31,6 +35,7 @@ def run(context: Context) -> Result:
     job = Job(
         model=adapted,
         settings=settings,
+        watchdog=watchdog,
         top_k=top_k,
         aux_loss=0.0,  # routers are frozen
         train_tokens=TokenStore(tokens / "train"),
@@ -59,6 +64,7 @@ def run(context: Context) -> Result:
         "total_params": total,
         "tokens_per_s": trained.tokens_per_s,
         "replayed_steps": trained.replayed_steps,
+        **trained.health,
     }
     provenance = {
         "heldout_loss_before": "measured: the base model, all held-out tokens of this task",
@@ -70,6 +76,7 @@ def run(context: Context) -> Result:
         "trainable_params": "measured: counted over the adapters",
         "total_params": "measured: counted over the base model",
         "tokens_per_s": "measured: median step of the last attempt",
-        "replayed_steps": "measured: steps done again after a lost attempt",
+        "replayed_steps": "measured: steps done again after a lost attempt or a return to a checkpoint",
+        **HEALTH_PROVENANCE,
     }
     return Result(metrics, provenance, {}, ("torch", "deepspeed", "transformers", "peft"))
