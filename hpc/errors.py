@@ -70,6 +70,12 @@ class Fenced(GreenMoEError):
     exit_code = 10
 
 
+class Hung(GreenMoEError):
+    """A rank made no progress within its bound; the stacks of all ranks lie beside attempts.jsonl."""
+
+    exit_code = 11
+
+
 class Stopped(GreenMoEError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and did so cleanly; the next `run` resumes."""
 
@@ -86,6 +92,7 @@ KINDS: tuple[type[GreenMoEError], ...] = (
     SiteError,
     GateMissed,
     Fenced,
+    Hung,
     Stopped,
 )
 

@@ -3,9 +3,9 @@
     python -m slurm.restart RUN STAGE [STAGE ...] --status STATUS
 
 runs on the job's first node when all ranks are gone, whatever ended them. With several stages the job is an array and
-its task id chooses. Preemption and time limits lead back to the queue as long as checkpoints progress; a crash as long
-as it makes progress and at most `retries` times; running out of memory, bad settings and missed gates never. A node
-that dies takes this decision along: then Slurm itself requeues the job.
+its task id chooses. Preemption and time limits lead back to the queue as long as checkpoints progress; a crash, or a
+hang that the watchdog ended, as long as it makes progress and at most `retries` times; running out of memory, bad
+settings and missed gates never. A node that dies takes this decision along: then Slurm itself requeues the job.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.errors import GateMissed, StageError
+from hpc.errors import GateMissed, Hung, StageError
 from hpc.run.attempts import failing_nodes, newest_step
 from hpc.run.directory import RunDirectory, append_jsonl, read_jsonl
 from hpc.run.task import TaskFile
@@ -71,9 +71,12 @@ def judge(rows: Sequence[dict[str, Any]], *, has_receipt: bool, step: int, retri
             FRUITLESS,
             "no checkpoint was possible in",
         )
+    hang = next((row for row in ends.values() if row["exit_code"] == Hung.exit_code), None)
     crash = next((row for row in sorted(ends.values(), key=lambda row: float(row["time"])) if row["is_crash"]), None)
     reason = (
-        f"rank {', '.join(map(str, lost))} of {ranks} was lost without a word"
+        f"hang: {hang['message']}"
+        if hang
+        else f"rank {', '.join(map(str, lost))} of {ranks} was lost without a word"
         if lost
         else f"rank {crash['rank']}: {crash['message']}"
         if crash

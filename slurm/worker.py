@@ -14,9 +14,11 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+from hpc.config import RunConfig
 from hpc.energy.ledger import power_series, stage_energy
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
+from hpc.plan.fit import advice
 from hpc.run.attempts import (
     Attempt,
     Fence,
@@ -77,7 +79,7 @@ class StageTask:
                     sampler = start_sampler(directory.root, world.node, os.getpid(), attempt.number, power_model)
                 return self._run(context, sampler)
         except BaseException as error:
-            told, is_crash = explain_failure(error, directory.root)
+            told, is_crash = explain_failure(error, directory.root, task)
             if stop.requested and not isinstance(told, Fenced):
                 told, is_crash = told if isinstance(told, Stopped) else Stopped("stopped on request"), False
             outcome: Outcome = "stopped" if isinstance(told, Stopped) else "failed"
@@ -263,7 +265,7 @@ def library_version(name: str) -> str | None:
         return None
 
 
-def explain_failure(error: BaseException, folder: Path) -> tuple[GreenMoEError, bool]:
+def explain_failure(error: BaseException, folder: Path, task: TaskFile) -> tuple[GreenMoEError, bool]:
     """The error as the user should see it, and whether it is a crash that another attempt may not meet.
 
     A full disk says so, whatever library met it; running out of memory is no crash: it would happen again.
@@ -276,5 +278,13 @@ def explain_failure(error: BaseException, folder: Path) -> tuple[GreenMoEError, 
         return Stopped("interrupted"), False
     text = f"{type(error).__name__}: {error}".splitlines()[0]
     if isinstance(error, MemoryError) or any(word in str(error).lower() for word in OUT_OF_MEMORY):
-        return StageError(f"out of memory ({text}): lower batches.micro_batch_size or take more ranks"), False
+        return StageError(f"out of memory ({text}): {what_would_fit(task)}"), False
     return StageError(text), True
+
+
+def what_would_fit(task: TaskFile) -> str:
+    """A way out of a lack of memory. It must not fail itself: little is left."""
+    try:
+        return advice(RunConfig(name=task.run, stages=task.stages), task.machine, task.stage.name)
+    except Exception:
+        return "lower batches.micro_batch_size or take more ranks"

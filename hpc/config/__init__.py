@@ -4,10 +4,10 @@ from hpc.config.machine import Facility, Machine, PowerModel
 from hpc.config.model import LatentAttention, Model, Router
 from hpc.config.run import RunConfig, Tracking
 from hpc.config.stages import Artifact, Evaluate, Lora, Merge, Prepare, Pretrain, Quantize, Report, Source, Stage
-from hpc.config.train import AdapterTraining, Optimizer, Parallel, Schedule, Training, TrainingBase
+from hpc.config.train import AdapterTraining, Health, Optimizer, Parallel, Schedule, Training, TrainingBase
 
 __all__ = [
-    "AdapterTraining", "Artifact", "Evaluate", "Facility", "LatentAttention", "Lora", "Machine", "Merge", "Model",
-    "Optimizer", "Parallel", "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig",
+    "AdapterTraining", "Artifact", "Evaluate", "Facility", "Health", "LatentAttention", "Lora", "Machine", "Merge",
+    "Model", "Optimizer", "Parallel", "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig",
     "Schedule", "Source", "Stage", "Tracking", "Training", "TrainingBase",
 ]  # fmt: skip

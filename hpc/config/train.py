@@ -134,6 +134,70 @@ class Batches(Frozen):
     a token also sees the end of the document before its own, as text that has nothing to do with it."""
 
 
+class HangBounds(Frozen):
+    """Seconds a rank may spend in a section without any progress before all ranks write down their stacks and the
+    attempt ends with exit code 11. A step's clock starts again with every micro-batch, an evaluation's with every pass,
+    and it stands still while the process is suspended."""
+
+    start_s: PositiveFloat = 1800.0
+    """Joining the other ranks, building or loading the model and the engine, reading a checkpoint."""
+
+    step_s: PositiveFloat = 300.0
+    """One micro-batch, or the update of the weights."""
+
+    checkpoint_s: PositiveFloat = 1800.0
+    """Writing and hashing one checkpoint."""
+
+    evaluate_s: PositiveFloat = 300.0
+    """One micro-batch of held-out text."""
+
+    finish_s: PositiveFloat = 3600.0
+    """After the last step: writing and hashing the model."""
+
+    @property
+    def longest_s(self) -> float:
+        """The largest of them."""
+        return max(self.start_s, self.step_s, self.checkpoint_s, self.evaluate_s, self.finish_s)
+
+
+class Health(Frozen):
+    """What is watched while a stage trains, and what happens then."""
+
+    on_bad_step: Literal["skip", "roll_back"] = "skip"
+    """When the loss or the gradient norm is not finite on any rank, or the loss spikes: `skip` drops the update on all
+    ranks and goes on; `roll_back` returns to the newest checkpoint and goes on past the data read since (PaLM,
+    arXiv:2204.02311, section 5.1)."""
+
+    window: PositiveInt = 128
+    """Good steps that a loss is compared with, and the steps that `max_skipped` counts over. No step is a spike before
+    there are so many."""
+
+    spike_sigma: PositiveFloat = 6.0
+    """A loss above mean + spike_sigma x standard deviation of the window is a spike; 1e9 turns spikes off."""
+
+    max_skipped: NonNegativeInt = 8
+    """Updates that may be skipped in any `window` steps; one more ends the stage."""
+
+    max_rollbacks: NonNegativeInt = 3
+    """Returns to a checkpoint in the whole stage; one more ends it."""
+
+    rehearse: bool = True
+    """One forward and backward pass before the first step of an attempt, whose gradients are thrown away: memory that
+    does not suffice shows at once. Costs one micro-batch; changes no bit of the run."""
+
+    report_every_steps: PositiveInt = 100
+    """Steps between comparisons of the ranks' step times. Costs nothing: they ride on the word that ranks exchange
+    anyway before every update."""
+
+    probe_every_steps: NonNegativeInt = 500
+    """Steps between searches for silent corruption: all ranks compute the same micro-batch and compare every bit of the
+    loss, the logits and the weights they share. Costs a forward pass (a third of a micro-batch) and a pass over the
+    weights each time; 0 turns it off."""
+
+    hang: HangBounds = HangBounds()
+    """How long nothing may happen."""
+
+
 class TrainingBase(Frozen):
     """What every training stage has in common; one loop serves them all."""
 
@@ -187,6 +251,9 @@ class TrainingBase(Frozen):
 
     evaluate_tokens: PositiveInt = 16384
     """Held-out tokens of one measurement during training (the final one uses all of them)."""
+
+    health: Health = Health()
+    """Bad steps, hangs, slow ranks and silent corruption."""
 
     deepspeed: dict[str, object] = Field(default_factory=dict)
     """Keys laid over the DeepSpeed configuration we write, for experts; shown in the plan."""

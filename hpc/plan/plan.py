@@ -125,6 +125,14 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
     )
 
 
+def model_facts(config: RunConfig, name: str) -> Facts | None:
+    """What is known about the model of a stage; None when it has none, or its size cannot be read here."""
+    facts: dict[str, Facts | None] = {}
+    for stage in config.ordered():
+        facts[stage.name] = _facts(config, stage, facts)
+    return facts[name]
+
+
 def _facts(config: RunConfig, stage: Stage, facts: dict[str, Facts | None]) -> Facts | None:
     """The model of a stage: its own shape when it pretrains, else that of the first model or adapter it needs."""
     if isinstance(stage, Pretrain):
@@ -160,7 +168,7 @@ def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts 
     nodes = settings.parallel.nodes if settings else 1
     ranks_per_node = settings.parallel.ranks_per_node if settings else 1
     _check_resources(machine, stage, nodes, ranks_per_node)
-    precision = _precision(machine, settings) if settings else None
+    precision = compute_precision(machine, settings) if settings else None
     flops, tokens, notes = _work(config, stage, facts)
     memory = _memory(facts, settings, precision)
     if memory.value is not None and memory.value > machine.memory_gib_per_rank * 2**30:
@@ -228,7 +236,8 @@ def _check_groups(stage: Quantize, model: Model) -> None:
             )
 
 
-def _precision(machine: Machine, settings: TrainingBase) -> str:
+def compute_precision(machine: Machine, settings: TrainingBase) -> str:
+    """fp32 or bf16, as far as it can be told before the run."""
     if settings.precision != "auto":
         return settings.precision
     return "bf16" if machine.device == "cuda" else "fp32"

@@ -13,6 +13,7 @@ RUN/stages/STAGE/          one stage
     metrics.jsonl          one line per logged step: the truth that W&B mirrors
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
+    hung-attempt-N         the rank that hung, and beside it stacks-attempt-N-rank-R.txt of every rank
     checkpoints/step-N/    published checkpoints, never changed once they are there
     shards/                what a stage that reads text has done so far
     artifact/              what the next stages read

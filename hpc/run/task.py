@@ -65,7 +65,7 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
 
 LAYOUT = {"parallel", "precision", "expert_compute", "attention_kernel", "recompute", "compile",
           "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
-          "evaluate_every_steps", "evaluate_tokens"}  # fmt: skip
+          "evaluate_every_steps", "evaluate_tokens", "health"}  # fmt: skip
 """Keys of a training stage that say where and how it computes, not what."""
 
 

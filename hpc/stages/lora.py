@@ -11,7 +11,9 @@ from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import mixture
 from hpc.train.engine import pick_device, start_process_group
+from hpc.train.health import HEALTH_PROVENANCE
 from hpc.train.loop import Job, on_first_rank, train
+from hpc.train.watchdog import Watchdog
 
 BASE_FILE = "base.json"
 """Says which model an adapter belongs to; `merge` refuses another one."""
@@ -22,7 +24,9 @@ def run(context: Context) -> Result:
     stage = context.task.stage
     assert isinstance(stage, Lora)
     settings = stage.train
-    start_process_group(context.world, pick_device(context.task.machine.device))
+    watchdog = Watchdog.start(context, settings.health.hang)
+    timeout_s = settings.health.hang.longest_s + 60
+    start_process_group(context.world, pick_device(context.task.machine.device), timeout_s)
     base_name, base = context.inputs("model")[0]
     train_tokens, held_out_tokens = mixture(context, settings)
     model = load_model(base)
@@ -33,6 +37,7 @@ def run(context: Context) -> Result:
     job = Job(
         model=adapted,
         settings=settings,
+        watchdog=watchdog,
         top_k=top_k,
         aux_loss=0.0,  # routers are frozen
         train_tokens=train_tokens,
@@ -63,6 +68,7 @@ def run(context: Context) -> Result:
         "tokens_per_s": trained.tokens_per_s,
         "epochs": epochs(train_tokens, settings.batches.seq_len, num_tokens // settings.batches.seq_len),
         "replayed_steps": trained.replayed_steps,
+        **trained.health,
     }
     provenance = {
         "heldout_loss_before": "measured: the base model, all held-out tokens of this task",
@@ -75,6 +81,7 @@ def run(context: Context) -> Result:
         "total_params": "measured: counted over the base model",
         "tokens_per_s": "measured: median step of the last attempt",
         "epochs": "derived: sequences read / sequences there are, of each source",
-        "replayed_steps": "measured: steps done again after a lost attempt",
+        "replayed_steps": "measured: steps done again after a lost attempt or a return to a checkpoint",
+        **HEALTH_PROVENANCE,
     }
     return Result(metrics, provenance, {}, ("torch", "deepspeed", "transformers", "peft"))

@@ -14,7 +14,9 @@ from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files, mixture, token_facts
 from hpc.train.engine import pick_device, start_process_group
+from hpc.train.health import HEALTH_PROVENANCE
 from hpc.train.loop import Job, on_first_rank, train
+from hpc.train.watchdog import Watchdog
 
 
 def run(context: Context) -> Result:
@@ -22,7 +24,9 @@ def run(context: Context) -> Result:
     stage = context.task.stage
     assert isinstance(stage, Pretrain)
     settings = stage.train
-    start_process_group(context.world, pick_device(context.task.machine.device))
+    watchdog = Watchdog.start(context, settings.health.hang)
+    timeout_s = settings.health.hang.longest_s + 60
+    start_process_group(context.world, pick_device(context.task.machine.device), timeout_s)
     tokens = context.inputs("tokens")[0][1]
     facts = token_facts(tokens)
     config = model_config(
@@ -32,6 +36,7 @@ def run(context: Context) -> Result:
     job = Job(
         model=build_model(config, context.task.seed, settings.model.initialization),
         settings=settings,
+        watchdog=watchdog,
         top_k=settings.router.top_k,
         aux_loss=settings.router.aux_loss,
         train_tokens=train_tokens,
@@ -72,6 +77,7 @@ def run(context: Context) -> Result:
         "tokens_per_s": trained.tokens_per_s,
         "epochs": epochs(train_tokens, settings.batches.seq_len, num_tokens // settings.batches.seq_len),
         "replayed_steps": trained.replayed_steps,
+        **trained.health,
         "seq_len": settings.batches.seq_len,
     }
     provenance = {
@@ -85,7 +91,8 @@ def run(context: Context) -> Result:
         "flops": "derived: model FLOPs of forward and backward, formula in hpc/plan/flops.py",
         "tokens_per_s": "measured: median step of the last attempt",
         "epochs": "derived: sequences read / sequences there are, of each source",
-        "replayed_steps": "measured: steps done again after a lost attempt",
+        "replayed_steps": "measured: steps done again after a lost attempt or a return to a checkpoint",
+        **HEALTH_PROVENANCE,
         "seq_len": "derived: from the configuration",
     }
     return Result(metrics, provenance, census or {}, ("torch", "deepspeed", "transformers"))

@@ -19,10 +19,12 @@ class Metrics:
         self._last_mirrored = max((int(row["step"]) for row in read_jsonl(path)), default=-1)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row. A step that an earlier attempt already mirrored is not sent to W&B a second time."""
+        """Append a row. A step that was mirrored before (by an earlier attempt, or before a return to a checkpoint) is
+        not sent to W&B a second time."""
         append_jsonl(self._path, row)
         if int(row["step"]) > self._last_mirrored:
             self._mirror.log(row)
+            self._last_mirrored = int(row["step"])
 
 
 def history(path: Path) -> list[dict[str, Any]]:
@@ -34,7 +36,12 @@ def history(path: Path) -> list[dict[str, Any]]:
     return [rows[step] for step in sorted(rows)]
 
 
+def value_at(path: Path, step: int, key: str) -> Any:
+    """A figure of one step, whichever attempt measured it; None when there is none."""
+    return next((row.get(key) for row in history(path) if row["step"] == step), None)
+
+
 def replayed_steps(path: Path) -> int:
-    """Steps that were computed more than once because an attempt died after its last checkpoint."""
+    """Steps that were computed more than once: an attempt died after its last checkpoint, or went back to it."""
     rows = [int(row["step"]) for row in read_jsonl(path) if "step" in row]
     return len(rows) - len(set(rows))

@@ -2,6 +2,7 @@
 
     checkpoints/step-00000100/MANIFEST.json   files with size and XXH3-128, step, digests of stage and inputs
     checkpoints/step-00000100/fragments-*     weights and optimizer states, for any layout (hpc/train/fragments.py)
+    checkpoints/step-00000100/health.json     bad steps so far (hpc/train/health.py)
     checkpoints/committed.jsonl               one line per published checkpoint
     checkpoints/bad-step-...                  a checkpoint that failed its hashes, kept out of the way
 

@@ -4,10 +4,15 @@ DeepSpeed's own habits that matter here, seen with version 0.19.8:
 * AutoEP reads a registry of transformers in a way that transformers >= 5.2 changed: `_apply_autoep_shim`.
 * the shared-memory collective for CPUs is compiled for minutes at start although gloo does the work: switched off.
 * its expert-parallel section does not refuse unknown keys: the dictionary is built here and nowhere else.
+* an update whose global gradient norm is not finite is left out on all ranks, whatever the precision and ZeRO stage;
+  it counts as a step, and `step` says so. That is also how an update is left out on purpose.
 """
 
 import logging
+import math
 import os
+import resource
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +33,7 @@ from hpc.run.task import World
 from hpc.train.fragments import WEIGHT, ExpertPlace, Fragment, read_fragments, write_fragments, zero_fragments
 from hpc.train.optimizer import parameter_groups
 
-GROUP_TIMEOUT = timedelta(minutes=5)
+GROUP_TIMEOUT_S = 300.0
 """A collective that waits longer than this means a lost rank; the libraries' own limits are 10 to 30 minutes."""
 
 
@@ -39,8 +44,11 @@ def pick_device(wanted: str) -> str:
     return wanted
 
 
-def start_process_group(world: World, device: str) -> None:
-    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: nccl or gloo."""
+def start_process_group(world: World, device: str, timeout_s: float = GROUP_TIMEOUT_S) -> None:
+    """Join the process group described by RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT: nccl or gloo.
+
+    timeout_s: of a collective. Where a watchdog looks on, longer than its bounds: it knows more than a time-out tells.
+    """
     deepspeed_logger.setLevel(logging.ERROR)
     if device == "cuda":
         torch.cuda.set_device(world.local_rank)
@@ -48,7 +56,10 @@ def start_process_group(world: World, device: str) -> None:
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
-        "nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False, timeout=GROUP_TIMEOUT
+        "nccl" if device == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(seconds=timeout_s),
     )
 
 
@@ -140,21 +151,59 @@ class Engine:
         """Accumulate gradients of this rank's mean loss. Collective."""
         self._engine.backward(loss)
 
-    def step(self, learning_rate: float) -> None:
-        """Count a micro-batch and, at the end of the accumulation, update the weights. Collective."""
+    def step(self, learning_rate: float, *, drop: bool = False) -> bool:
+        """Count a micro-batch and, at the end of the accumulation, update the weights. Collective.
+
+        Returns False when no rank updated: between updates, because the gradient norm is not finite, or because of
+        `drop`, which throws all accumulated gradients away and leaves weights and moments as they are.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group.get("lr_scale", 1.0)
+        if drop:
+            self._spoil_gradients()
         self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def _spoil_gradients(self) -> None:
+        """Make the gradient norm NaN, so that DeepSpeed's own way of leaving an update out clears all its buffers."""
+        for group in self._engine.optimizer.averaged_gradients.values():
+            for gradient in group or ():
+                gradient.fill_(math.nan)
+
+    def rehearse(self, passes: Callable[[], object]) -> None:
+        """Call `passes`, forward and backward as in training, and undo what it did to gradients, counters and random
+        numbers: nothing of the run changes but the memory it has touched. Collective."""
+        engine, random = self._engine, torch.get_rng_state()
+        names = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+        before = [getattr(engine, name) for name in names]
+        engine.micro_steps = self.settings.gradient_accumulation_steps - 1  # the last of a step: gradients are reduced
+        passes()
+        self.step(self.settings.optimizer.lr, drop=True)
+        for name, value in zip(names, before, strict=True):
+            setattr(engine, name, value)
+        torch.set_rng_state(random)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """The most that this process has held so far: of the accelerator, or resident on a CPU."""
+        if self.device == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     @property
     def gradient_norm(self) -> float | None:
-        """Global gradient norm of the last update, before clipping."""
+        """Global gradient norm of the last step, before clipping; None when it was not finite, or dropped."""
         norm = self._engine.get_global_grad_norm()
-        return None if norm is None else float(norm)
+        return None if norm is None or not math.isfinite(norm) else float(norm)
+
+    @property
+    def updates(self) -> int:
+        """Updates made so far, steps that were left out not counted: what Adam's bias correction goes by."""
+        return int(self._engine.global_steps - self._engine.skipped_steps)
 
     def save(self, folder: Path) -> None:
         """Write this rank's fragments of weights and optimizer states into `folder`. No collective is needed."""
-        write_fragments(folder, dist.get_rank(), self._fragments(), self._engine.global_steps)
+        write_fragments(folder, dist.get_rank(), self._fragments(), self.updates)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with any number of ranks, expert parallelism and ZeRO stage. Collective.
@@ -174,14 +223,18 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         else:
             optimizer.update_lp_params()
-        self._engine.global_steps = step
+        self._engine.global_steps, self._engine.skipped_steps = step, 0
         self._engine.micro_steps = step * self.settings.gradient_accumulation_steps
 
-    def _fragments(self) -> list[Fragment]:
+    @property
+    def place(self) -> ExpertPlace:
+        """Which experts this rank holds."""
         size = self.settings.parallel.expert_parallel_size
         rank = deepspeed.utils.groups._get_expert_parallel_rank(f"ep_size_{size}") if size > 1 else 0
-        place = ExpertPlace(rank, size)
-        owned = zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, place)
+        return ExpertPlace(rank, size)
+
+    def _fragments(self) -> list[Fragment]:
+        owned = zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, self.place)
         biases = [Fragment(name, tuple(b.shape), 0, {WEIGHT: b}) for name, b in router_biases(self.module).items()]
         return owned + biases
 

@@ -157,9 +157,13 @@ class ExpertPlace:
     rank: int
     size: int
 
+    def is_split(self, name: str) -> bool:
+        """Whether this rank holds only some of the experts of a parameter."""
+        return self.size > 1 and ".experts." in name and ".shared_experts." not in name
+
     def whole(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """Shape of the parameter with all experts, and where this rank's part begins in it, flattened."""
-        if self.size == 1 or ".experts." not in name or ".shared_experts." in name:
+        if not self.is_split(name):
             return shape, 0
         return (shape[0] * self.size, *shape[1:]), self.rank * torch.Size(shape).numel()
 

@@ -1,15 +1,17 @@
 """The one training loop: next-token prediction over packed tokens, for pretraining and for adapters.
 
-A step: read micro-batches by position, forward, loss + balancing loss, backward; all ranks agree that the loss is
-finite and whether somebody asked to stop; update; log; now and then measure the held-out loss and checkpoint.
-The state of the loop is the step number: data position, learning rate and schedule are functions of it.
+A step: read micro-batches by position, forward, loss + balancing loss, backward; all ranks agree whether the step is
+good and whether somebody asked to stop; update; log; now and then measure the held-out loss, search for corruption and
+checkpoint. A bad step is skipped, or the loop goes back to a checkpoint and on past the bad data (hpc/train/health.py).
+The state of the loop is the step number and the health record: data position, learning rate and schedule are functions
+of them.
 """
 
 import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,19 +21,22 @@ import torch.distributed as dist
 from torch import nn
 
 from hpc.config import TrainingBase
-from hpc.data.loader import Loader, Share
+from hpc.data.loader import Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
-from hpc.energy.meter import EnergyMeter
 from hpc.errors import StageError, Stopped
 from hpc.evaluate.loss import held_out_loss, token_losses
 from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport, router_biases, update_biases
 from hpc.run.directory import write_json
 from hpc.run.receipt import digest
 from hpc.run.task import Context, asked_to_learn
-from hpc.tracking.metrics import Metrics, history, replayed_steps
+from hpc.tracking.metrics import replayed_steps, value_at
+from hpc.train import corruption
 from hpc.train.checkpoint import Checkpoints
 from hpc.train.engine import Engine
+from hpc.train.health import Guard, Record, StepTimes, agree, clock, nodes_of
 from hpc.train.schedule import learning_rate
+from hpc.train.step_log import StepLog
+from hpc.train.watchdog import Watchdog
 
 LEAVE_MARGIN_S = 5.0
 """Seconds before a time limit that are left to the scheduler."""
@@ -43,6 +48,8 @@ class Job:
 
     model: nn.Module
     settings: TrainingBase
+    watchdog: Watchdog
+    """Looks on since the stage began."""
     top_k: int
     aux_loss: float
     train_tokens: tuple[Share, ...]
@@ -73,12 +80,15 @@ class Trained:
     checkpoints: Checkpoints
     passport: dict[str, Any] | None
     """Where tokens went between the last two checkpoints."""
+    health: dict[str, Any] = field(default_factory=dict)
+    """skipped_steps, rollbacks, peak_memory_bytes, and the ranks' step times over this attempt, for the receipt."""
 
 
 def train(context: Context, job: Job) -> Trained:
     """Train to the last step, resuming from the newest checkpoint. Collective.
 
-    Raises Stopped after a clean save when any rank was asked to stop, StageError when the loss is not finite.
+    Raises Stopped after a clean save when any rank was asked to stop, StageError when there are too many bad steps or
+    ranks disagree in what must be equal.
     """
     return _Loop(context, job).run()
 
@@ -108,8 +118,7 @@ class _Loop:
             "inputs": digest(context.task.inputs),
         }
         self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
-        self.metrics = Metrics(context.directory.metrics, context.mirror) if world.is_first else None
-        self.meter = EnergyMeter(context.directory.root, context.attempt)
+        self.log = StepLog(context, settings)
         self.step_seconds: list[float] = []
         self.save_seconds = 0.0
         self.loss: float | None = None
@@ -117,44 +126,70 @@ class _Loop:
         self.window: torch.Tensor | None = None
         self.window_from = 0
         self.passport: dict[str, Any] | None = None
+        self.watchdog = job.watchdog
+        self.guard = Guard(settings.health, settings.optimizer.lr)
+        self.nodes = nodes_of(world)
+        self.times, self.all_times = StepTimes(self.nodes), StepTimes(self.nodes)
+        self.clock = clock(self.device)
+        self.peak_memory_bytes: int | None = None
 
     def run(self) -> Trained:
-        start = self._resume()
-        settings = self.settings
-        if start == 0:
+        step = self._resume()
+        settings, health = self.settings, self.settings.health
+        if health.rehearse and step < settings.steps:
+            self._rehearse(step)
+        if step == 0:
             before = self._evaluate(None) if self.job.measure_before else None
             self._log(0, {"heldout_loss": self._evaluate(settings.evaluate_tokens), "heldout_loss_before": before})
-        saved = self.window_from = start
-        for step in range(start, settings.steps):
+            if health.on_bad_step == "roll_back":
+                self._checkpoint(0)
+        saved = self.window_from = step
+        self.watchdog.enter("step")
+        while step < settings.steps:
             began = time.monotonic()
             rate = learning_rate(settings.schedule, settings.optimizer.lr, step, settings.steps)
-            stop = self._update(step, rate)
+            stop, problem = self._update(step, rate)
             self.step_seconds.append(time.monotonic() - began)
             done = step + 1
             row = {"loss": self.loss, "lr": rate, "grad_norm": self.engine.gradient_norm, **self.routing}
+            if problem and health.on_bad_step == "roll_back":
+                step = self._roll_back(done, problem, row)
+                continue
+            if problem:
+                self.guard.skip(done, problem)
+                row["skipped"] = problem
             if done % settings.evaluate_every_steps == 0 or done == settings.steps:
                 row["heldout_loss"] = self._evaluate(settings.evaluate_tokens)
+            if done % health.report_every_steps == 0:
+                row |= self.times.report()
+                self.times.clear()
             self._log(done, row)
+            if health.probe_every_steps and done % health.probe_every_steps == 0:
+                self._search(done)
             due = done % settings.checkpoint_every_steps == 0 or done == settings.steps
             if due or stop:
-                if self.context.world.is_first:
-                    self.context.check_fence()
-                seconds = self.checkpoints.save(done, self.context.attempt, partial(self._save, done))
-                self.save_seconds = max(self.save_seconds, seconds)
+                self._checkpoint(done)
                 saved = done
             if stop and done < settings.steps:
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
+            step = done
+        self.watchdog.enter("finish")
+        return self._trained()
+
+    def _trained(self) -> Trained:
         self.context.stop.immediately()
         ordered = sorted(self.step_seconds)
+        tokens = self.settings.batches.tokens_per_step
         return Trained(
             engine=self.engine,
-            held_out_loss_before=self._held_out_loss_before(),
+            held_out_loss_before=value_at(self.context.directory.metrics, 0, "heldout_loss_before"),
             held_out_loss=self._evaluate(None),
             last_loss=self.loss,
-            tokens_per_s=settings.batches.tokens_per_step / ordered[len(ordered) // 2] if ordered else None,
+            tokens_per_s=tokens / ordered[len(ordered) // 2] if ordered else None,
             replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
             passport=self.passport,
+            health={**self.guard.counts, "peak_memory_bytes": self.peak_memory_bytes, **self.all_times.report()},
         )
 
     def _resume(self) -> int:
@@ -163,10 +198,54 @@ class _Loop:
             return 0
         folder, step = found
         self.context.progress(f"resuming from step {step}")
+        self.guard.record = self._load(folder)
+        return step
+
+    def _load(self, folder: Path) -> Record:
+        """The engine and the passport of a checkpoint; returns what health remembered then."""
         self.engine.load(folder)
         if (folder / PASSPORT).exists():
             self.passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
+        return Record.read(folder)
+
+    def _roll_back(self, done: int, problem: str, row: dict[str, Any]) -> int:
+        """Return to the newest checkpoint and leave out the data read since; returns its step. Collective."""
+        with self.watchdog.section("checkpoint"):
+            found = self.checkpoints.newest()
+            assert found is not None, "there is one of step 0"
+            folder, step = found
+            self.guard.leave_out(step, done, problem)
+            self._log(done, {**row, "problem": problem, "rolled_back_to": step})
+            self.guard.record.losses = self._load(folder).losses
+        self.window, self.window_from = None, step
         return step
+
+    def _rehearse(self, step: int) -> None:
+        """One forward and backward pass that leaves no trace: what memory does not suffice for fails now. Collective.
+
+        Real tokens, those of the step to come: made-up ones would go to other experts.
+        """
+        self.context.progress("rehearsing one micro-batch")
+        batch = self.loader.micro_batches(self.guard.record.place(step))[0]
+        self.engine.rehearse(lambda: self._pass(batch, None))
+        peak = torch.tensor(float(self.engine.peak_memory_bytes), device=self.device)
+        dist.all_reduce(peak, dist.ReduceOp.MAX)
+        self.peak_memory_bytes = int(peak)
+        self.context.progress(f"rehearsed: {self.peak_memory_bytes / 2**30:.2f} GiB at most on a rank")
+
+    def _search(self, done: int) -> None:
+        """Compare the ranks on one micro-batch. Collective; raises StageError when they are not equal."""
+        batch = torch.from_numpy(self.loader.micro_batches(self.guard.record.place(done - 1))[0].ids)
+        with self.watchdog.section("evaluate"):
+            corruption.search(self.engine, batch, done, self.nodes)
+        self.probe.discard()
+
+    def _checkpoint(self, done: int) -> None:
+        if self.context.world.is_first:
+            self.context.check_fence()
+        with self.watchdog.section("checkpoint"):
+            seconds = self.checkpoints.save(done, self.context.attempt, partial(self._save, done))
+        self.save_seconds = max(self.save_seconds, seconds)
 
     def _save(self, done: int, folder: Path) -> None:
         """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
@@ -174,44 +253,60 @@ class _Loop:
         if self.window is not None:
             self.passport = passport(self.window, self.job.top_k, self.window_from + 1, done)
             self.window, self.window_from = None, done
-        if self.context.world.is_first and self.passport is not None:
-            write_json(folder / PASSPORT, self.passport)
+        if self.context.world.is_first:
+            self.guard.record.write(folder)
+            if self.passport is not None:
+                write_json(folder / PASSPORT, self.passport)
 
-    def _update(self, step: int, rate: float) -> bool:
-        """One optimizer step; returns whether some rank wants to stop."""
+    def _update(self, step: int, rate: float) -> tuple[bool, str | None]:
+        """One optimizer step; returns whether some rank wants to stop, and why the weights were left as they are."""
         total = torch.zeros((), device=self.device)
         counts: torch.Tensor | None = None
-        batches = self.loader.micro_batches(step)
+        computed_s = 0.0
+        batches = self.loader.micro_batches(self.guard.record.place(step))
         for number, batch in enumerate(batches):
-            ids = torch.from_numpy(batch.ids)
-            loss = token_losses(self.engine.forward(ids[:, :-1]), ids[:, 1:]).mean()
-            heard = self.probe.collect(counts if self.job.balance_over_step else None)
-            counts = heard.counts_LE if counts is None else counts + heard.counts_LE
-            total += loss.detach()
-            self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
-            if number + 1 == len(batches):
-                stop = self._agree(total / len(batches), step)
-            self.engine.step(rate)
+            began = self.clock()
+            loss, counts_LE = self._pass(batch, counts)
+            computed_s += self.clock() - began
+            counts = counts_LE if counts is None else counts + counts_LE
+            total += loss
+            if number + 1 < len(batches):
+                self.engine.step(rate)
+            else:
+                stop, problem = self._agree(total / len(batches), computed_s)
+                if not self.engine.step(rate, drop=problem is not None):
+                    problem = problem or "the gradient norm is not finite"
+            self.watchdog.beat()
         assert counts is not None
-        if self.job.bias_update_rate:
+        if self.job.bias_update_rate and problem is None:
             update_biases(self.engine.module, counts, self.job.bias_update_rate)
         biases = router_biases(self.engine.module)
         self.routing = load_metrics(counts.cpu(), biases, self.settings.batches.tokens_per_step, self.job.top_k)
         self.window = counts.cpu() if self.window is None else self.window + counts.cpu()
-        return stop
+        if problem is None and self.loss is not None:
+            self.guard.accept(self.loss)
+        return stop, problem
 
-    def _agree(self, loss: torch.Tensor, step: int) -> bool:
-        """Mean loss over ranks, checked by all before the update; whether any rank was asked to stop."""
-        stop = float(self.context.stop.requested or self.context.stop.runs_out(self._seconds_to_leave()))
-        word = torch.stack([loss, torch.tensor(stop, device=self.device)])
-        dist.all_reduce(word)
-        self.loss = float(word[0]) / self.context.world.size
-        if not math.isfinite(self.loss):
-            raise StageError(
-                f"the loss of step {step + 1} is not finite: lower train.optimizer.lr = {self.settings.optimizer.lr}; "
-                "the checkpoints before it are intact"
-            )
-        return bool(word[1] > 0)
+    def _pass(self, batch: MicroBatch, before_LE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forward and backward of a micro-batch; returns its loss and the routers' counts.
+
+        before_LE: counts of the micro-batches before it in this step.
+        """
+        ids = torch.from_numpy(batch.ids)
+        positions = None if batch.positions is None else torch.from_numpy(batch.positions)
+        loss = token_losses(self.engine.forward(ids[:, :-1], positions), ids[:, 1:]).mean()
+        heard = self.probe.collect(before_LE if self.job.balance_over_step else None)
+        self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
+        return loss.detach(), heard.counts_LE
+
+    def _agree(self, loss: torch.Tensor, computed_s: float) -> tuple[bool, str | None]:
+        """Hear all ranks before the update: whether any was asked to stop, and what speaks against the update."""
+        stop = self.context.stop.requested or self.context.stop.runs_out(self._seconds_to_leave())
+        word = agree(loss, computed_s, stop, self.context.world)
+        self.loss = word.loss if math.isfinite(word.loss) else None
+        self.times.add(word.seconds)
+        self.all_times.add(word.seconds)
+        return word.stop, self.guard.objection(word)
 
     def _seconds_to_leave(self) -> float:
         """What another step and a checkpoint may take; a first checkpoint is guessed."""
@@ -221,51 +316,28 @@ class _Loop:
         self.engine.module.eval()
 
         def told(done: int, total: int) -> None:
+            self.watchdog.beat()
             if max_tokens is None:
                 self.context.progress("held-out loss", done=done, total=total)
 
-        loss, _ = held_out_loss(
-            lambda ids, positions: self.engine.forward(ids),
-            self.job.held_out_tokens,
-            seq_len=self.settings.batches.seq_len,
-            document_masking=self.settings.batches.document_masking,
-            batch_size=self.settings.batches.micro_batch_size,
-            max_tokens=max_tokens,
-            rank=self.context.world.rank,
-            world_size=self.context.world.size,
-            progress=told,
-        )
+        with self.watchdog.section("evaluate"):
+            loss, _ = held_out_loss(
+                self.engine.forward,
+                self.job.held_out_tokens,
+                seq_len=self.settings.batches.seq_len,
+                document_masking=self.settings.batches.document_masking,
+                batch_size=self.settings.batches.micro_batch_size,
+                max_tokens=max_tokens,
+                rank=self.context.world.rank,
+                world_size=self.context.world.size,
+                progress=told,
+            )
         self.engine.module.train()
         self.probe.discard()
         return loss
 
     def _log(self, done: int, figures: dict[str, Any]) -> None:
-        if self.metrics is None:
-            return
-        self.context.check_fence()
-        recent = self.step_seconds[-10:]
-        speed = self.settings.batches.tokens_per_step * len(recent) / sum(recent) if recent else None
-        energy = self.meter.read()
-        row = {
-            "step": done,
-            "tokens": done * self.settings.batches.tokens_per_step,
-            "attempt": self.context.attempt,
-            "time": time.time(),
-            **figures,
-            "tokens_per_s": speed,
-            "node_power_w": energy.power_w_by_host,
-            "energy_j": energy.energy_j,
-        }
-        self.metrics.log(row)
-        left = (self.settings.steps - done) * sum(recent) / len(recent) if recent else None
-        self.context.progress(
-            "training", done=done, total=self.settings.steps, loss=self.loss, tokens_per_s=speed, seconds_left=left
-        )
-
-    def _held_out_loss_before(self) -> float | None:
-        """From the file: the attempt that measured it may have been another one."""
-        rows = history(self.context.directory.metrics)
-        return next((row.get("heldout_loss_before") for row in rows if row["step"] == 0), None)
+        self.log.row(done, figures, self.step_seconds[-10:], f"training{self.guard.words}", self.loss)
 
 
 def on_first_rank(world_is_first: bool, action: Callable[[], Any]) -> Any:

@@ -75,7 +75,7 @@ def test_a_damaged_shard_is_named(uninterrupted: Path, tmp_path: Path, launch: L
 def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(small: Path, launch: Launch) -> None:
     override = "stages.pretrain.train.optimizer.lr=1e18"
     result = launch("run", small, "--set", f"run_root={small.parent}", "--set", override)
-    check(result, 6, "is not finite: lower train.optimizer.lr = 1e+18")
+    check(result, 6, "is not finite on rank 0, 1: lower train.optimizer.lr = 1e+18")
 
 
 def test_a_run_directory_that_cannot_be_written_is_told(small: Path, launch: Launch) -> None:

@@ -1,0 +1,50 @@
+"""What to change when a training stage has run out of memory: the micro-batch that the plan says would fit."""
+
+from hpc.config import Lora, Machine, Pretrain, RunConfig, TrainingBase
+from hpc.plan.memory import training_bytes_per_rank
+from hpc.plan.plan import Facts, compute_precision, model_facts
+
+GIB = 2**30
+
+
+def advice(config: RunConfig, machine: Machine, name: str) -> str:
+    """Which batches.micro_batch_size fits the memory that the site states for a rank, or what else helps."""
+    stage = config.stage(name)
+    facts = model_facts(config, name)
+    if facts is None or not isinstance(stage, (Pretrain, Lora)):
+        return "lower batches.micro_batch_size or take more ranks"
+    settings, offered = stage.train, machine.memory_gib_per_rank
+    now = settings.batches.micro_batch_size
+    precision = compute_precision(machine, settings)
+    needed = {size: _bytes(facts, settings, precision, size) / GIB for size in smaller(settings)}
+    planned = _bytes(facts, settings, precision, now) / GIB
+    if planned <= offered and needed:
+        size = max(needed)
+        return (
+            f"the plan gives micro_batch_size = {now} {planned:.1f} GiB and the site offers {offered:g} GiB per rank, "
+            f"so less is free than it states: set batches.micro_batch_size to {size} ({needed[size]:.1f} GiB)"
+        )
+    fitting = [size for size, gib in needed.items() if gib <= offered]
+    if fitting:
+        size = max(fitting)
+        return (
+            f"micro_batch_size = {now} needs about {planned:.1f} GiB of {offered:g} per rank: set "
+            f"batches.micro_batch_size to {size} ({needed[size]:.1f} GiB)"
+        )
+    least = min(needed.values(), default=planned)
+    return (
+        f"no micro_batch_size fits {offered:g} GiB per rank (the smallest needs {least:.1f}): take more ranks, a "
+        "larger parallel.expert_parallel_size, or parallel.zero_stage = 3"
+    )
+
+
+def smaller(settings: TrainingBase) -> list[int]:
+    """Micro-batches below the present one with which tokens_per_step stays whole."""
+    sequences = settings.batches.tokens_per_step // (settings.parallel.world_size * settings.batches.seq_len)
+    return [size for size in range(1, settings.batches.micro_batch_size) if sequences % size == 0]
+
+
+def _bytes(facts: Facts, settings: TrainingBase, precision: str, micro_batch_size: int) -> float:
+    batches = settings.batches.model_copy(update={"micro_batch_size": micro_batch_size})
+    changed = settings.model_copy(update={"batches": batches})
+    return training_bytes_per_rank(facts.model, facts.router, facts.parameters, changed, precision)

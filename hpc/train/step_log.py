@@ -1,0 +1,44 @@
+"""What a training stage tells after a step: a row of metrics.jsonl with speed and energy, and the live view's line."""
+
+import time
+from typing import Any
+
+from hpc.config import TrainingBase
+from hpc.energy.meter import EnergyMeter
+from hpc.run.task import Context
+from hpc.tracking.metrics import Metrics
+
+
+class StepLog:
+    """Rows and progress of one attempt; does nothing on ranks other than the first."""
+
+    def __init__(self, context: Context, settings: TrainingBase) -> None:
+        self._context, self._settings = context, settings
+        self._metrics = Metrics(context.directory.metrics, context.mirror) if context.world.is_first else None
+        self._meter = EnergyMeter(context.directory.root, context.attempt)
+
+    def row(self, done: int, figures: dict[str, Any], recent_s: list[float], text: str, loss: float | None) -> None:
+        """Tell of the step that made `done` updates. recent_s: seconds of the last steps; text: for the live view.
+
+        Raises Fenced when a newer attempt has taken over.
+        """
+        if self._metrics is None:
+            return
+        self._context.check_fence()
+        tokens, steps = self._settings.batches.tokens_per_step, self._settings.steps
+        speed = tokens * len(recent_s) / sum(recent_s) if recent_s else None
+        energy = self._meter.read()
+        self._metrics.log(
+            {
+                "step": done,
+                "tokens": done * tokens,
+                "attempt": self._context.attempt,
+                "time": time.time(),
+                **figures,
+                "tokens_per_s": speed,
+                "node_power_w": energy.power_w_by_host,
+                "energy_j": energy.energy_j,
+            }
+        )
+        left = (steps - done) * sum(recent_s) / len(recent_s) if recent_s else None
+        self._context.progress(text, done=done, total=steps, loss=loss, tokens_per_s=speed, seconds_left=left)
