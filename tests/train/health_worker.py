@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from hpc.config import Facility, Machine, Pretrain, Tracking
+from hpc.data.loader import Share
 from hpc.data.store import TokenStore, write_store
 from hpc.errors import StageError, Stopped
 from hpc.model.build import build_model, model_config
@@ -42,14 +43,14 @@ class Run:
         self.world, self.directory = world, StageDirectory(folder / name)
         (self.directory.root / "tokens").mkdir(parents=True, exist_ok=True)
         stage = Pretrain.model_validate({
-            "name": "pretrain", "kind": "pretrain", "needs": ["text"],
+            "name": "pretrain", "kind": "pretrain", "needs": [],
             "train": {
                 "model": {"hidden_size": 32, "num_layers": 2, "num_attention_heads": 4, "expert_size": 48,
                           "initializer_range": 0.15},
                 "router": {"num_experts": 8, "top_k": 2},
                 "batches": {"seq_len": SEQ, "micro_batch_size": MICRO,
                             "tokens_per_step": world.size * MICRO * SEQ * accumulation},
-                "steps": steps, "optimizer": {"lr": 5e-3, "kind": kind[0] if kind else "adamw"}, 
+                "steps": steps, "optimizer": {"lr": 5e-3, "kind": kind[0] if kind else "adamw"},
                 "schedule": {"kind": "constant"},
                 "parallel": {"ranks_per_node": world.size, "expert_parallel_size": int(ep), "zero_stage": int(zero)},
                 "checkpoint_every_steps": 4, "evaluate_every_steps": 100, "evaluate_tokens": 64,
@@ -76,8 +77,9 @@ class Run:
         config = model_config(settings.model, settings.router, 64, 64, 0)  # type: ignore[union-attr]
         context = Context(self.task, self.directory, self.world, self.attempts)
         job = loop.Job(
-            model=build_model(config, seed=0), settings=settings, top_k=2, aux_loss=0.01, train_tokens=self.store,
-            held_out_tokens=self.store, watchdog=Watchdog(self.directory, 1, self.world, settings.health.hang),
+            model=build_model(config, seed=0), settings=settings, top_k=2, aux_loss=0.01,
+            train_tokens=(Share("text", self.store),), held_out_tokens=(self.store,),
+            watchdog=Watchdog(self.directory, 1, self.world, settings.health.hang),
         )  # fmt: skip
         made = loop._Loop(context, job)
         self.loop = made
@@ -105,7 +107,7 @@ def on_place(place: int, act: Callable[[torch.Tensor], torch.Tensor], rank: int 
     """Change what the model says on one rank, while it trains on the data of a place (step of an undisturbed run)."""
 
     def change(made: "loop._Loop") -> None:
-        wanted = {batch[:, :-1].tobytes() for batch in made.loader.micro_batches(place)[-1:]}
+        wanted = {batch.ids[:, :-1].tobytes() for batch in made.loader.micro_batches(place)[-1:]}
 
         def hook(module: Any, _args: Any, keywords: dict[str, Any], output: Any) -> Any:
             ids = keywords["input_ids"].numpy()

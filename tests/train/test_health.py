@@ -94,7 +94,8 @@ def test_an_infinite_gradient_norm_updates_no_rank_and_is_seen(folder: Path) -> 
         row = next(row for row in run["rows"] if row["step"] == 6)
         assert (row["skipped"], row["grad_norm"]) == ("the gradient norm is not finite", None), case
         assert row["loss"] is not None, case
-        assert 3 < run["rows"][-1]["loss"] < row["loss"], "it goes on learning"
+        first = next(row for row in run["rows"] if row["step"] == 1)
+        assert 3 < run["rows"][-1]["loss"] < first["loss"] - 0.1, "it goes on learning"
     assert found["1"]["weights"] == found["2"]["weights"]
 
 
