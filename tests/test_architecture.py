@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "hpc.shrink": {"hpc.errors", "hpc.model"},
     "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
     "hpc.train": {
-        "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.run", "hpc.tracking",
+        "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.plan", "hpc.run",
+        "hpc.tracking",
     },
     "slurm": {
         "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages", "hpc.tracking.wandb",

@@ -25,6 +25,16 @@ def training_flops_per_token(model: Model, router: Router, vocab_size: int, seq_
     return (1 + BACKWARD_PER_FORWARD) * forward_flops_per_token(model, router, vocab_size, seq_len)
 
 
+def model_flops_utilization(
+    tokens_per_s: float, flops_per_token: float, ranks: int, peak_flops_per_rank: float
+) -> float:
+    """MFU (arXiv:2204.02311, appendix B): model FLOP/s of all ranks over their peak at the training precision.
+
+    Model FLOPs are those of the formula above: recomputed activations and the optimizer do not count.
+    """
+    return tokens_per_s * flops_per_token / (ranks * peak_flops_per_rank)
+
+
 def adapter_flops_per_token(
     model: Model, router: Router, vocab_size: int, seq_len: int, settings: AdapterTraining
 ) -> float:

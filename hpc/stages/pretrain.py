@@ -33,6 +33,9 @@ def run(context: Context) -> Result:
         settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len, facts["end_of_text_id"]
     )
     train_tokens, held_out_tokens = mixture(context, settings)
+    flops_per_token = training_flops_per_token(
+        settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len
+    )
     job = Job(
         model=build_model(config, context.task.seed, settings.model.initialization),
         settings=settings,
@@ -44,6 +47,7 @@ def run(context: Context) -> Result:
         z_loss=settings.router.z_loss,
         balance_over_step=settings.router.aux_loss_over == "step",
         bias_update_rate=settings.router.bias_update_rate,
+        flops_per_token=flops_per_token,
     )
     trained = train(context, job)
 
@@ -72,8 +76,7 @@ def run(context: Context) -> Result:
         "tokens": num_tokens,
         "total_params": parameters.total,
         "active_params": parameters.active,
-        "flops": num_tokens
-        * training_flops_per_token(settings.model, settings.router, facts["vocab_size"], settings.batches.seq_len),
+        "flops": num_tokens * flops_per_token,
         "tokens_per_s": trained.tokens_per_s,
         "epochs": epochs(train_tokens, settings.batches.seq_len, num_tokens // settings.batches.seq_len),
         "replayed_steps": trained.replayed_steps,

@@ -60,6 +60,8 @@ class Job:
     """Whether the balancing loss sees the counts of the whole step so far, not of one micro-batch."""
     bias_update_rate: float = 0.0
     """Step of the routers' biases after each update; 0 leaves them alone."""
+    flops_per_token: float | None = None
+    """Model FLOPs of a token, forward and backward, for the MFU that is logged; None where they are not known."""
     measure_before: bool = False
     """Whether the held-out loss over all tokens is measured before the first step, to compare with the last one."""
 
@@ -118,7 +120,7 @@ class _Loop:
             "inputs": digest(context.task.inputs),
         }
         self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
-        self.log = StepLog(context, settings)
+        self.log = StepLog(context, settings, job.flops_per_token)
         self.step_seconds: list[float] = []
         self.save_seconds = 0.0
         self.loss: float | None = None

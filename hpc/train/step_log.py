@@ -5,6 +5,7 @@ from typing import Any
 
 from hpc.config import TrainingBase
 from hpc.energy.meter import EnergyMeter
+from hpc.plan.flops import model_flops_utilization
 from hpc.run.task import Context
 from hpc.tracking.metrics import Metrics
 
@@ -12,8 +13,8 @@ from hpc.tracking.metrics import Metrics
 class StepLog:
     """Rows and progress of one attempt; does nothing on ranks other than the first."""
 
-    def __init__(self, context: Context, settings: TrainingBase) -> None:
-        self._context, self._settings = context, settings
+    def __init__(self, context: Context, settings: TrainingBase, flops_per_token: float | None) -> None:
+        self._context, self._settings, self._flops_per_token = context, settings, flops_per_token
         self._metrics = Metrics(context.directory.metrics, context.mirror) if context.world.is_first else None
         self._meter = EnergyMeter(context.directory.root, context.attempt)
 
@@ -36,9 +37,17 @@ class StepLog:
                 "time": time.time(),
                 **figures,
                 "tokens_per_s": speed,
+                "mfu": self._mfu(speed),
                 "node_power_w": energy.power_w_by_host,
                 "energy_j": energy.energy_j,
             }
         )
         left = (steps - done) * sum(recent_s) / len(recent_s) if recent_s else None
         self._context.progress(text, done=done, total=steps, loss=loss, tokens_per_s=speed, seconds_left=left)
+
+    def _mfu(self, speed: float | None) -> float | None:
+        """Derived from the measured speed, and from the peak that the site states."""
+        if speed is None or self._flops_per_token is None:
+            return None
+        peak = self._context.task.machine.peak_flops_per_rank
+        return model_flops_utilization(speed, self._flops_per_token, self._settings.parallel.world_size, peak)

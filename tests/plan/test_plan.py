@@ -8,7 +8,7 @@ import pytest
 
 from hpc.config import Model, Router, RunConfig
 from hpc.config.load import load_config
-from hpc.plan.flops import forward_flops_per_token, training_flops_per_token
+from hpc.plan.flops import forward_flops_per_token, model_flops_utilization, training_flops_per_token
 from hpc.plan.params import count, count_adapter
 from hpc.plan.plan import plan
 from hpc.plan.show import amount, duration, energy
@@ -83,6 +83,10 @@ def test_flops_count_active_experts_and_attention_by_hand() -> None:
     matrices = 100 * 8 + 4 * 8 * 8 + 16 * 8 + 2 * 3 * 8 * 4  # head, q k v o, router, two experts
     assert forward_flops_per_token(model, router, 100, 32) == 2 * matrices + 4 * 1 * 8 * 32
     assert training_flops_per_token(model, router, 100, 32) == 3 * (2 * matrices + 4 * 8 * 32)
+
+
+def test_utilization_is_model_flops_over_the_peak_of_all_ranks() -> None:
+    assert model_flops_utilization(1000.0, 6e9, ranks=4, peak_flops_per_rank=5e12) == pytest.approx(0.3)
 
 
 def test_adapter_parameters_are_those_that_peft_adds(root: Path) -> None:
