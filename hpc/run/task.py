@@ -65,6 +65,7 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
 
 LAYOUT = {"parallel", "precision", "expert_compute", "attention_kernel", "recompute", "compile",
           "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
+          "keep_every_steps", "checkpoint_async",
           "evaluate_every_steps", "evaluate_tokens"}  # fmt: skip
 """Keys of a training stage that say where and how it computes, not what."""
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +28,11 @@ from hpc.run.directory import write_json
 from hpc.run.receipt import digest
 from hpc.run.task import Context, asked_to_learn
 from hpc.tracking.metrics import Metrics, history, replayed_steps
-from hpc.train.checkpoint import Checkpoints
+from hpc.train.checkpoint import Checkpoints, checkpoint_facts
 from hpc.train.engine import Engine
+from hpc.train.saving import Copy, Write
 from hpc.train.schedule import learning_rate
+from hpc.train.written import Written
 
 LEAVE_MARGIN_S = 5.0
 """Seconds before a time limit that are left to the scheduler."""
@@ -80,7 +81,12 @@ def train(context: Context, job: Job) -> Trained:
 
     Raises Stopped after a clean save when any rank was asked to stop, StageError when the loss is not finite.
     """
-    return _Loop(context, job).run()
+    loop = _Loop(context, job)
+    try:
+        return loop.run()
+    except BaseException:
+        loop.checkpoints.settle()
+        raise
 
 
 class _Loop:
@@ -107,11 +113,19 @@ class _Loop:
             **context.input_files("tokens"),
             "inputs": digest(context.task.inputs),
         }
-        self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            context.directory.checkpoints,
+            world,
+            origin,
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every_steps,
+            in_background=settings.checkpoint_async,
+            facts=checkpoint_facts(settings),
+            check_fence=context.check_fence,
+        )
         self.metrics = Metrics(context.directory.metrics, context.mirror) if world.is_first else None
         self.meter = EnergyMeter(context.directory.root, context.attempt)
         self.step_seconds: list[float] = []
-        self.save_seconds = 0.0
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}
         self.window: torch.Tensor | None = None
@@ -139,11 +153,12 @@ class _Loop:
             if due or stop:
                 if self.context.world.is_first:
                     self.context.check_fence()
-                seconds = self.checkpoints.save(done, self.context.attempt, partial(self._save, done))
-                self.save_seconds = max(self.save_seconds, seconds)
+                self.checkpoints.save(done, self.context.attempt, self._snapshot(done))
                 saved = done
             if stop and done < settings.steps:
+                self.checkpoints.wait()
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
+        self.checkpoints.wait()
         self.context.stop.immediately()
         ordered = sorted(self.step_seconds)
         return Trained(
@@ -159,6 +174,7 @@ class _Loop:
 
     def _resume(self) -> int:
         found = self.checkpoints.newest()
+        self.checkpoints.expect(self.engine.checkpoint_bytes)
         if found is None:
             return 0
         folder, step = found
@@ -168,14 +184,27 @@ class _Loop:
             self.passport = json.loads((folder / PASSPORT).read_text(encoding="utf-8"))
         return step
 
-    def _save(self, done: int, folder: Path) -> None:
+    def _snapshot(self, done: int) -> Copy:
         """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
-        self.engine.save(folder)
         if self.window is not None:
             self.passport = passport(self.window, self.job.top_k, self.window_from + 1, done)
             self.window, self.window_from = None, done
-        if self.context.world.is_first and self.passport is not None:
-            write_json(folder / PASSPORT, self.passport)
+        told = self.passport if self.context.world.is_first else None
+        copy = self.engine.snapshot(to_host=self.settings.checkpoint_async)
+
+        def copy_all() -> Write:
+            write = copy()
+
+            def write_all(folder: Path) -> list[Written]:
+                files = write(folder)
+                if told is not None:
+                    write_json(folder / PASSPORT, told)
+                    files.append(Written.read(folder / PASSPORT))
+                return files
+
+            return write_all
+
+        return copy_all
 
     def _update(self, step: int, rate: float) -> bool:
         """One optimizer step; returns whether some rank wants to stop."""
@@ -191,6 +220,7 @@ class _Loop:
             self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
             if number + 1 == len(batches):
                 stop = self._agree(total / len(batches), step)
+                self.checkpoints.copied()
             self.engine.step(rate)
         assert counts is not None
         if self.job.bias_update_rate:
@@ -202,7 +232,11 @@ class _Loop:
 
     def _agree(self, loss: torch.Tensor, step: int) -> bool:
         """Mean loss over ranks, checked by all before the update; whether any rank was asked to stop."""
-        stop = float(self.context.stop.requested or self.context.stop.runs_out(self._seconds_to_leave()))
+        stop = float(
+            self.context.stop.requested
+            or self.context.stop.runs_out(self._seconds_to_leave())
+            or self.checkpoints.has_failed  # every rank hears why when the next save begins
+        )
         word = torch.stack([loss, torch.tensor(stop, device=self.device)])
         dist.all_reduce(word)
         self.loss = float(word[0]) / self.context.world.size
@@ -215,7 +249,7 @@ class _Loop:
 
     def _seconds_to_leave(self) -> float:
         """What another step and a checkpoint may take; a first checkpoint is guessed."""
-        return 3 * max(self.step_seconds[-10:], default=0.0) + 2 * (self.save_seconds or 5.0) + LEAVE_MARGIN_S
+        return 3 * max(self.step_seconds[-10:], default=0.0) + 2 * (self.checkpoints.seconds or 5.0) + LEAVE_MARGIN_S
 
     def _evaluate(self, max_tokens: int | None) -> float:
         self.engine.module.eval()
