@@ -225,6 +225,23 @@ def resume(run: Path, yes: bool) -> None:
 
 
 @main.command()
+@RUN
+@click.argument("stage")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
+def export(run: Path, stage: str, out: Path, step: int | None) -> None:
+    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+
+    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    """
+    from hpc.stages.export import export_stage
+    from slurm.steer import open_run
+
+    taken = export_stage(open_run(run), stage, out, step)
+    click.echo(f"{out}: {stage} after {taken} steps")
+
+
+@main.command()
 @CONFIG
 @SITE
 @SET

@@ -1,4 +1,4 @@
-"""Every rank killed at every thing it does to the file system during a save: the last good checkpoint, and it is said."""
+"""Every rank killed at all it does to files during a save: the last good checkpoint is loaded, and it is said."""
 
 import json
 import subprocess
