@@ -377,6 +377,24 @@ def bench_data(seconds: float, as_json: bool) -> None:
     click.echo(json.dumps(found) if as_json else data.show(found))
 
 
+@bench.command("checkpoint")
+@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Saves of each kind.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where checkpoints are written: the file system to measure; a temporary one by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
+    """How long training stands still for a checkpoint: in the background against synchronously. Takes a minute."""
+    from hpc.bench.checkpoint import measure, show
+
+    figures = measure(rounds, folder)
+    click.echo(show(figures))
+    if as_json:
+        click.echo(json.dumps(figures))
+
+
 def _confirm(question: str) -> bool:
     from hpc.errors import ConfigError
 

@@ -109,6 +109,11 @@ class Checkpoints:
             self._running.copied.wait()
 
     @property
+    def is_running(self) -> bool:
+        """Whether this rank still has something to do for a save."""
+        return self._running is not None and self._running.is_alive()
+
+    @property
     def has_failed(self) -> bool:
         """Whether the running save has failed on this rank: all ranks should stop, and `wait` tells them why."""
         return self._running is not None and self._running.error is not None
