@@ -127,8 +127,8 @@ def show(figures: dict[str, Any]) -> str:
             f"undisturbed step          {f['plain_step_s']:8.3f} s",
             f"step beside it            {f['busy_step_s']:8.3f} s   {f['step_slowdown']:+.0%}, "
             f"{f['busy_steps_per_save']:.1f} such steps per save",
-            f"training loses in all     {f['lost_s']:8.3f} s   {f['lost_fraction']:.0%} of a synchronous save; a rank's "
-            f"save takes {f['cpu_s_per_rank']:.3f} s of a core",
+            f"training loses in all     {f['lost_s']:8.3f} s   {f['lost_fraction']:.0%} of a synchronous save",
+            f"a rank's background save  {f['cpu_s_per_rank']:8.3f} s of a core",
         ]
     )
 

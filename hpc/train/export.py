@@ -7,6 +7,7 @@ from safetensors import SafetensorError
 
 from hpc.errors import ArtifactError
 from hpc.model.build import build_model, save_model
+from hpc.model.routing import router_biases
 from hpc.train.checkpoint import damage
 from hpc.train.fragments import WEIGHT, Fragment, read_fragments
 
@@ -25,6 +26,7 @@ def export_checkpoint(folder: Path, config: Any, out: Path) -> dict[str, Any]:
         Fragment(name, tuple(parameter.shape), 0, {WEIGHT: parameter.data.view(-1)})
         for name, parameter in model.named_parameters()
     ]
+    fragments += [Fragment(name, tuple(b.shape), 0, {WEIGHT: b}) for name, b in router_biases(model).items()]
     try:
         read_fragments(folder, fragments)
     except (OSError, SafetensorError) as error:

@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hpc.errors import StorageError
 from hpc.run.task import World
 from hpc.train import saving, written
 from hpc.train.checkpoint import Checkpoints
@@ -257,6 +258,31 @@ def saves(
     return body
 
 
+def fills_up(state: State, saved: Checkpoints, world: World) -> dict[str, Any]:
+    """Rank 1 meets a full disk half-way; what each rank raises, and what is taken after it."""
+
+    def full() -> Write:
+        def write(folder: Path) -> Any:
+            (folder / "fragments-00001.safetensors").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+        return write
+
+    state.train_to(20)
+    saved.save(20, 2, full if world.rank == 1 else state.snapshot())
+    saved.copied()
+    state.train_to(30)
+    began = time.monotonic()
+    try:
+        saved.save(30, 2, state.snapshot())
+    except StorageError as error:
+        left = sorted(path.name for path in saved.root.iterdir())
+        dist.barrier()
+        found = saved.newest()
+        return {"error": str(error), "seconds": time.monotonic() - began, "left": left, "step": found and found[1]}
+    return {}
+
+
 def resumes(state: State, saved: Checkpoints, world: World) -> dict[str, Any]:
     """A fresh attempt after the fault: what is loaded, whether it is right, and whether it can go on."""
     found = saved.newest()
@@ -301,8 +327,11 @@ def main() -> None:
     statuses, noted, log = attempt(folder, engine, saves(folder, 20, None))
     assert statuses == [0, 0], log
     good[20] = values_of(folder, engine)
+    shutil.copytree(root, folder / "twice")
+    shutil.rmtree(root)
+    shutil.copytree(template, root)
+    _, full, log = attempt(folder, engine, fills_up)
     twice = folder / "twice"
-    shutil.copytree(root, twice)
 
     cases = [
         (template, observer, at, victim)
@@ -334,7 +363,7 @@ def main() -> None:
                 "log": killed_log[-1500:] + log[-1500:], "seconds": time.monotonic() - began,
             }
         )  # fmt: skip
-    options.out.write_text(json.dumps({"seen": [result["seen"] for result in noted], "cases": told}))
+    options.out.write_text(json.dumps({"seen": [result["seen"] for result in noted], "cases": told, "full": full}))
 
 
 if __name__ == "__main__":

@@ -11,20 +11,21 @@ import pytest
 from tests.conftest import ROOT
 
 Case = dict[str, Any]
+Told = dict[str, Any]
 SIGKILL = -9
 
 
-def matrix(folder: Path, *options: str, timeout: float) -> tuple[list[list[str]], list[Case]]:
-    """What each rank does during a save, and what became of each case (tests/train/faults.py)."""
+def matrix(folder: Path, *options: str, timeout: float) -> Told:
+    """`seen`: what each rank does during a save; `cases`: what became of each; `full` (tests/train/faults.py)."""
     command = [sys.executable, "-m", "tests.train.faults", str(folder / "out.json"), str(folder / "run"), *options]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     assert result.returncode == 0, result.stdout + result.stderr
-    told = json.loads((folder / "out.json").read_text())
-    return told["seen"], told["cases"]
+    told: Told = json.loads((folder / "out.json").read_text())
+    return told
 
 
 @pytest.fixture(scope="module")
-def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[list[str]], list[Case]]:
+def small(tmp_path_factory: pytest.TempPathFactory) -> Told:
     return matrix(tmp_path_factory.mktemp("small"), timeout=300)
 
 
@@ -57,15 +58,15 @@ def failures(cases: list[Case]) -> list[str]:
 
 
 def test_killed_at_any_point_of_a_save_the_last_good_checkpoint_is_loaded(
-    small: tuple[list[list[str]], list[Case]],
+    small: Told,
 ) -> None:
-    _, cases = small
+    cases = small["cases"]
     assert not (told := failures(cases)), "\n".join(told)
     print(f"{len(cases)} kills, {sum(case['published'] for case in cases)} after the new one was published")
 
 
-def test_the_matrix_reaches_every_rank_and_every_part_of_a_save(small: tuple[list[list[str]], list[Case]]) -> None:
-    seen, cases = small
+def test_the_matrix_reaches_every_rank_and_every_part_of_a_save(small: Told) -> None:
+    seen, cases = small["seen"], small["cases"]
     for rank in (0, 1):
         kinds = {case["what"].split(".")[0] for case in cases if case["observer"] == case["victim"] == rank}
         name = f"fragments-{rank:05d}"
@@ -79,17 +80,26 @@ def test_the_matrix_reaches_every_rank_and_every_part_of_a_save(small: tuple[lis
 
 
 def test_what_is_published_stays_published_and_what_is_not_is_never_taken(
-    small: tuple[list[list[str]], list[Case]],
+    small: Told,
 ) -> None:
-    seen, cases = small
+    seen, cases = small["seen"], small["cases"]
     own = [case for case in cases if case["observer"] == case["victim"] == 0 and not case["again"]]
     order = [case["step"] for case in own]
     renamed = seen[0].index("rename step-00000020")
     assert order == [10] * (renamed + 1) + [20] * (len(order) - renamed - 1)
 
 
+def test_a_rank_that_cannot_write_ends_the_save_on_all_ranks_in_the_same_words(small: Told) -> None:
+    first, second = small["full"]
+    assert first["error"] == second["error"]
+    assert "No space left on device; free some space or --set run_root=DIR" in first["error"]
+    assert first["left"] == ["committed.jsonl", "step-00000010"], "what is half written must be gone"
+    assert first["step"] == second["step"] == 10
+    assert max(first["seconds"], second["seconds"]) < 20, "rank 0 must not wait for a part that will never come"
+
+
 @pytest.mark.slow
 def test_the_same_with_a_real_engine_in_training(tmp_path: Path) -> None:
-    _, cases = matrix(tmp_path, "--engine", timeout=3000)
+    cases = matrix(tmp_path, "--engine", timeout=3000)["cases"]
     assert not (told := failures(cases)), "\n".join(told)
     print(f"{len(cases)} kills of a real engine, {sum(case['published'] for case in cases)} after publishing")
