@@ -85,20 +85,13 @@ class Checkpoints:
     def save(self, step: int, attempt: int, copy: Copy) -> None:
         """Begin to publish what `copy` copies on all ranks. Collective; waits for a save that is still running.
 
-        After it, `copied` must be called before the state changes. Raises StorageError on all ranks when there is no
-        room, and what stopped the save before.
+        After it, `copied` must be called before the state changes. Raises on all ranks what stopped the save before;
+        what stops this one, such as a disk without room for it, is told by `has_failed` and raised by `wait`.
         """
         self.wait()
         self._saves += 1
         staging = self.root / f".staging-step-{step:08d}-{attempt}-{self._saves}"
-
-        def prepare() -> None:
-            self._check_space()
-            with storage_errors(self.root):
-                staging.mkdir(parents=True)
-
-        self._on_first(prepare)
-        self._running = Save(staging, self.world, copy, partial(self._publish, step, attempt))
+        self._running = Save(staging, self.world, copy, self._check_space, partial(self._publish, step, attempt))
         self._running.start()
         if not self.in_background:
             self.wait()

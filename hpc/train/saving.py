@@ -1,6 +1,6 @@
 """One save of one rank, in a thread: copy, write and hash, tell what was written; rank 0's publishes when all did.
 
-    .staging-step-00000100-3-1/     step, attempt, and which save of the attempt it is
+    .staging-step-00000100-3-1/     step, attempt, and which save of the attempt; made by rank 0 if there is room
         fragments-00002.safetensors ...
         part-00002.json             what rank 2 wrote: path, size and XXH3-128 of its files, written last
 
@@ -27,9 +27,9 @@ Copy = Callable[[], Write]
 """Copies what the next update would change, and returns what writes it."""
 
 SILENCE_S = 600.0
-"""How long nothing may change in the staging folder while rank 0 waits for other ranks' parts."""
+"""How long nothing may change in the staging folder while a rank waits there for another."""
 HURRY_S = 15.0
-"""The same when rank 0 is about to end: others may be dead already."""
+"""The same when this rank is about to end: others may be dead already."""
 POLL_S = (0.005, 1.0)
 """First and longest pause between two looks at the folder."""
 
@@ -52,7 +52,14 @@ class GivenUp(Exception):
 class Save(threading.Thread):
     """A save that runs beside training. `copied` is set once the state it saves may change again."""
 
-    def __init__(self, staging: Path, world: World, copy: Copy, publish: Callable[[Path, list[Written]], None]) -> None:
+    def __init__(
+        self,
+        staging: Path,
+        world: World,
+        copy: Copy,
+        check_space: Callable[[], None],
+        publish: Callable[[Path, list[Written]], None],
+    ) -> None:
         super().__init__(name="checkpoint", daemon=True)
         self.staging, self.world, self.patience_s = staging, world, SILENCE_S
         self.copied = threading.Event()
@@ -60,7 +67,7 @@ class Save(threading.Thread):
         """Set by the main thread when it hears that another rank failed."""
         self.error: BaseException | None = None
         self.seconds = 0.0
-        self._copy, self._publish = copy, publish
+        self._copy, self._check_space, self._publish = copy, check_space, publish
 
     def run(self) -> None:
         """Copy and write; on rank 0, see it published."""
@@ -77,14 +84,26 @@ class Save(threading.Thread):
     def _save(self) -> None:
         write = self._copy()
         self.copied.set()
+        if self.world.is_first:
+            self._check_space()
+            self.staging.mkdir(parents=True)
+        else:
+            self._wait_for(self.staging, "rank 0 did not begin it")
         files = write(self.staging)
         write_json(part_path(self.staging, self.world.rank), [asdict(file) for file in files])
         if self.world.is_first:
             self._publish(self.staging, [file for rank in range(self.world.size) for file in self._part(rank)])
 
     def _part(self, rank: int) -> list[Written]:
-        """What a rank wrote, once it says so: as long as the folder grows, and then as long as patience lasts."""
+        """What a rank wrote, once it says so."""
         path = part_path(self.staging, rank)
+        self._wait_for(path, f"rank {rank} did not finish its part")
+        found = [Written(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
+        path.unlink()
+        return found
+
+    def _wait_for(self, path: Path, problem: str) -> None:
+        """Wait for another rank's sign: as long as the folder grows, and then as long as patience lasts."""
         size, since, pause = -1, time.monotonic(), POLL_S[0]
         while not path.exists():
             if self.is_given_up:
@@ -93,14 +112,11 @@ class Save(threading.Thread):
                 size, since = now, time.monotonic()
             if time.monotonic() - since > self.patience_s:
                 raise StorageError(
-                    f"the save in {self.staging} was given up: rank {rank} did not finish its part, and nothing was "
-                    f"written for {self.patience_s:.0f} s; is this folder shared by all nodes, and is it up?"
+                    f"the save in {self.staging} was given up: {problem}, and nothing was written for "
+                    f"{self.patience_s:.0f} s; is this folder shared by all nodes, and is it up?"
                 )
             time.sleep(pause)
             pause = min(1.3 * pause, POLL_S[1])
-        found = [Written(**entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
-        path.unlink()
-        return found
 
     def problem(self) -> Problem | None:
         """What kept this rank from doing its part."""

@@ -318,8 +318,9 @@ def test_too_little_room_is_said_with_both_numbers_before_anything_is_written(
     saved.expect(50_000_000)
     with pytest.raises(StorageError, match=r"takes 71 MB and .* has 60 MB free: .*keep_checkpoints = 2"):
         saved.expect(70_000_000)
+    saved.save(10, 1, snapshot(10))
     with pytest.raises(StorageError, match="takes 71 MB"):
-        saved.save(10, 1, snapshot(10))
+        saved.wait()
     assert list(tmp_path.iterdir()) == []
 
 
