@@ -225,6 +225,23 @@ def resume(run: Path, yes: bool) -> None:
 
 
 @main.command()
+@RUN
+@click.argument("stage")
+@click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
+@click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
+def export(run: Path, stage: str, out: Path, step: int | None) -> None:
+    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+
+    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    """
+    from hpc.stages.export import export_stage
+    from slurm.steer import open_run
+
+    taken = export_stage(open_run(run), stage, out, step)
+    click.echo(f"{out}: {stage} after {taken} steps")
+
+
+@main.command()
 @CONFIG
 @SITE
 @SET
@@ -358,6 +375,24 @@ def bench_data(seconds: float, as_json: bool) -> None:
 
     found = data.measure(seconds)
     click.echo(json.dumps(found) if as_json else data.show(found))
+
+
+@bench.command("checkpoint")
+@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Saves of each kind.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where checkpoints are written: the file system to measure; a temporary one by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
+    """How long training stands still for a checkpoint: in the background against synchronously. Takes a minute."""
+    from hpc.bench.checkpoint import measure, show
+
+    figures = measure(rounds, folder)
+    click.echo(show(figures))
+    if as_json:
+        click.echo(json.dumps(figures))
 
 
 def _confirm(question: str) -> bool:

@@ -122,6 +122,7 @@ class StageTask:
         try:
             result = stage_function(context.task.stage.kind)(replace(context, mirror=mirror))
             self._finish(context, result, sampler, mirror, began)
+            result.afterwards()
         except BaseException:
             mirror.finish(exit_code=1)
             raise

@@ -244,7 +244,15 @@ class TrainingBase(Frozen):
     """Steps between checkpoints; a kill loses at most this many."""
 
     keep_checkpoints: PositiveInt = 2
-    """Newest verified checkpoints that stay on disk while the stage runs."""
+    """Newest checkpoints that stay on disk while the stage runs. Each takes 12 bytes per parameter."""
+
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints of steps that are multiples of this stay for good, also after the stage: a history to go back to, to
+    export or to study. A multiple of checkpoint_every_steps."""
+
+    checkpoint_async: bool = True
+    """Write checkpoints while training goes on. Costs one copy of weights and optimizer states in host memory (12 bytes
+    per parameter, spread over the ranks); without it training stands still until a checkpoint is on the disk."""
 
     evaluate_every_steps: PositiveInt = 100
     """Steps between measurements of the held-out loss."""
@@ -275,6 +283,12 @@ class TrainingBase(Frozen):
             raise ValueError(
                 f"tokens_per_step = {wanted:,} is not a multiple of one pass over {ranks} ranks "
                 f"({ranks} x {self.batches.micro_batch_size} x {self.batches.seq_len} = {one_pass:,}): try {below:,}"
+            )
+        if self.keep_every_steps is not None and self.keep_every_steps % self.checkpoint_every_steps:
+            every = self.checkpoint_every_steps
+            raise ValueError(
+                f"keep_every_steps = {self.keep_every_steps} is not a multiple of checkpoint_every_steps = {every}: "
+                f"try {-(-self.keep_every_steps // every) * every}"
             )
         if self.schedule.warmup_steps >= self.steps:
             raise ValueError(

@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from hpc.config import Model, Router
 from hpc.errors import ArtifactError
+from hpc.model.census import verify_model
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -103,17 +104,22 @@ def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMo
 def save_model(config: PretrainedConfig, state: dict[str, torch.Tensor], folder: Path) -> dict[str, Any]:
     """Save weights as a plain transformers folder (safetensors); returns a census of the tensors written.
 
-    `state` must name exactly the parameters of the architecture: strict loading proves that none is missing.
+    `state` must name exactly the parameters of the architecture: strict loading proves that none is missing. The files
+    are read back: raises ArtifactError when an expert in them is not the one in `state`.
     """
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(state, strict=True)
     model.save_pretrained(folder)
-    return census(state)
+    digests = verify_model(folder, state)
+    groups = census(state)
+    if digests:
+        groups["experts"]["xxh3_64_by_layer"] = digests
+    return groups
 
 
 def census(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Tensors and parameters by group: experts, router, attention, embedding and head, norms."""
-    groups: dict[str, dict[str, int]] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for name, tensor in state.items():
         group = tensor_group(name)
         entry = groups.setdefault(group, {"tensors": 0, "parameters": 0})

@@ -3,6 +3,7 @@
 import json
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,6 +66,7 @@ def asked(stage: Stage, seed: int) -> dict[str, Any]:
 
 LAYOUT = {"parallel", "precision", "expert_compute", "attention_kernel", "recompute", "compile",
           "deepspeed", "checkpoint_every_steps", "keep_checkpoints",
+          "keep_every_steps", "checkpoint_async",
           "evaluate_every_steps", "evaluate_tokens", "health"}  # fmt: skip
 """Keys of a training stage that say where and how it computes, not what."""
 
@@ -210,6 +212,8 @@ class Result:
     census: dict[str, Any] = field(default_factory=dict)
     libraries: tuple[str, ...] = ()
     """Packages whose versions belong in the receipt."""
+    afterwards: Callable[[], None] = lambda: None
+    """What every rank does once the receipt is written, such as deleting what only an unfinished stage needs."""
 
 
 def read_progress(directory: StageDirectory) -> dict[str, Any]:

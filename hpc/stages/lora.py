@@ -54,7 +54,6 @@ def run(context: Context) -> Result:
         staging.rename(context.directory.artifact)
 
     on_first_rank(context.world.is_first, write)
-    trained.checkpoints.clear()
     num_tokens = settings.steps * settings.batches.tokens_per_step
     metrics = {
         "heldout_loss_before": trained.held_out_loss_before,
@@ -84,4 +83,4 @@ def run(context: Context) -> Result:
         "replayed_steps": "measured: steps done again after a lost attempt or a return to a checkpoint",
         **HEALTH_PROVENANCE,
     }
-    return Result(metrics, provenance, {}, ("torch", "deepspeed", "transformers", "peft"))
+    return Result(metrics, provenance, {}, ("torch", "deepspeed", "transformers", "peft"), trained.checkpoints.clear)

@@ -65,7 +65,6 @@ def run(context: Context) -> Result:
         return written
 
     census = on_first_rank(context.world.is_first, write)
-    trained.checkpoints.clear()
     parameters = count(settings.model, settings.router, facts["vocab_size"])
     num_tokens = settings.steps * settings.batches.tokens_per_step
     metrics = {
@@ -98,4 +97,4 @@ def run(context: Context) -> Result:
         **HEALTH_PROVENANCE,
         "seq_len": "derived: from the configuration",
     }
-    return Result(metrics, provenance, census or {}, ("torch", "deepspeed", "transformers"))
+    return Result(metrics, provenance, census or {}, ("torch", "deepspeed", "transformers"), trained.checkpoints.clear)

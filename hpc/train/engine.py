@@ -30,8 +30,18 @@ from hpc.model.blocks import overlap_shared_experts, prepare_blocks
 from hpc.model.experts import check_available, use_backend
 from hpc.model.routing import route_in_fp32, router_biases
 from hpc.run.task import World
-from hpc.train.fragments import WEIGHT, ExpertPlace, Fragment, read_fragments, write_fragments, zero_fragments
+from hpc.train.fragments import (
+    WEIGHT,
+    ExpertPlace,
+    Fragment,
+    copy_fragments,
+    count_bytes,
+    read_fragments,
+    write_fragments,
+    zero_fragments,
+)
 from hpc.train.optimizer import parameter_groups
+from hpc.train.saving import Copy, Write
 
 GROUP_TIMEOUT_S = 300.0
 """A collective that waits longer than this means a lost rank; the libraries' own limits are 10 to 30 minutes."""
@@ -110,6 +120,7 @@ class Engine:
         if precision == "auto":
             precision = "bf16" if device == "cuda" else "fp32"
         self.precision, self.settings, self.device = precision, settings, device
+        self._host: dict[str, Tensor] = {}
         self._autoep = needs_autoep(settings)
         check_available(settings.expert_compute, device, precision)
         if self._autoep:
@@ -203,7 +214,29 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's fragments of weights and optimizer states into `folder`. No collective is needed."""
-        write_fragments(folder, dist.get_rank(), self._fragments(), self.updates)
+        self.snapshot(to_host=False)()(folder)
+
+    def snapshot(self, *, to_host: bool) -> Copy:
+        """What `save` would write now, for a thread: a function that copies it and returns what writes it.
+
+        The copy may run beside forward and backward passes, not beside an update: those alone change what it reads.
+        Its host memory is kept for the next one. Without `to_host` the state itself is written and must hold still.
+        """
+        fragments, step, rank = self._fragments(), self.updates, dist.get_rank()
+        ready = torch.cuda.Event() if self.device == "cuda" else None
+        if ready is not None:
+            ready.record()
+
+        def copy() -> Write:
+            held = copy_fragments(fragments, self._host, ready) if to_host else fragments
+            return lambda folder: write_fragments(folder, rank, held, step)
+
+        return copy
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What this rank's part of a checkpoint takes on the disk, and to_host in memory."""
+        return count_bytes(self._fragments())
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with any number of ranks, expert parallelism and ZeRO stage. Collective.

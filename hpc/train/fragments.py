@@ -13,17 +13,17 @@ Logical names are those of expert parallelism: an expert's gate, up and down mat
 import bisect
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from hpc.errors import ArtifactError
 from hpc.run.directory import write_json
+from hpc.train.written import Written, save_tensors
 
 STATE = "state.json"
 WEIGHT = "weight"
@@ -73,17 +73,53 @@ def logical_ranges(name: str, shape: tuple[int, ...], start: int, size: int) -> 
         position += length
 
 
-def write_fragments(folder: Path, rank: int, fragments: list[Fragment], step: int) -> None:
-    """Write this rank's part of a checkpoint; rank 0 also what all share."""
-    tensors = {
-        f"{value}|{fragment.name}|{fragment.start}": tensor.detach().cpu().contiguous()
-        for fragment in fragments
-        for value, tensor in fragment.values.items()
-    }
+def write_fragments(folder: Path, rank: int, fragments: list[Fragment], step: int) -> list[Written]:
+    """Write this rank's part of a checkpoint, rank 0 also what all share; returns the files. Raises OSError."""
+    tensors = {_key(fragment, value): tensor for fragment in fragments for value, tensor in fragment.values.items()}
     shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
-    save_file(tensors, folder / f"fragments-{rank:05d}.safetensors", {"shapes": json.dumps(shapes)})
+    path = folder / f"fragments-{rank:05d}.safetensors"
+    files = [save_tensors(path, tensors, {"shapes": json.dumps(shapes)})]
     if rank == 0:
         write_json(folder / STATE, {"step": step})
+        files.append(Written.read(folder / STATE))
+    return files
+
+
+def copy_fragments(fragments: list[Fragment], host: dict[str, Tensor], ready: Any = None) -> list[Fragment]:
+    """The same fragments with their values copied into host memory: into the tensors of `host`, made when missing.
+
+    `ready` is the CUDA event after which the values hold still; copies then run beside other work of the GPU.
+    """
+    pairs = []
+    for fragment in fragments:
+        for value, tensor in fragment.values.items():
+            key = _key(fragment, value)
+            if key not in host:
+                host[key] = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+            pairs.append((host[key], tensor))
+    if ready is None:
+        for target, tensor in pairs:
+            target.copy_(tensor)
+    else:
+        stream = torch.cuda.Stream(pairs[0][1].device)
+        with torch.cuda.stream(stream):
+            stream.wait_event(ready)
+            for target, tensor in pairs:
+                target.copy_(tensor, non_blocking=True)
+            stream.synchronize()
+    return [
+        replace(fragment, values={value: host[_key(fragment, value)] for value in fragment.values})
+        for fragment in fragments
+    ]
+
+
+def count_bytes(fragments: list[Fragment]) -> int:
+    """Bytes that these fragments take in memory and, but for a header, on the disk."""
+    return sum(tensor.nbytes for fragment in fragments for tensor in fragment.values.values())
+
+
+def _key(fragment: Fragment, value: str) -> str:
+    return f"{value}|{fragment.name}|{fragment.start}"
 
 
 def read_fragments(folder: Path, fragments: list[Fragment]) -> int:

@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from torch import Tensor
 
 from hpc.config import Health
 from hpc.errors import StageError
-from hpc.run.directory import write_json
 from hpc.run.task import World
 
 RECORD = "health.json"
@@ -95,10 +94,6 @@ class Record:
             if place >= first:
                 place += end - first
         return place
-
-    def write(self, folder: Path) -> None:
-        """Make it part of a checkpoint."""
-        write_json(folder / RECORD, asdict(self))
 
     @classmethod
     def read(cls, folder: Path) -> "Record":

@@ -11,8 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +30,14 @@ from hpc.run.receipt import digest
 from hpc.run.task import Context, asked_to_learn
 from hpc.tracking.metrics import replayed_steps, value_at
 from hpc.train import corruption
-from hpc.train.checkpoint import Checkpoints
+from hpc.train.checkpoint import Checkpoints, checkpoint_facts
 from hpc.train.engine import Engine
-from hpc.train.health import Guard, Record, StepTimes, agree, clock, nodes_of
+from hpc.train.health import RECORD, Guard, Record, StepTimes, agree, clock, nodes_of
+from hpc.train.saving import Copy, Write
 from hpc.train.schedule import learning_rate
 from hpc.train.step_log import StepLog
 from hpc.train.watchdog import Watchdog
+from hpc.train.written import Written
 
 LEAVE_MARGIN_S = 5.0
 """Seconds before a time limit that are left to the scheduler."""
@@ -92,7 +93,12 @@ def train(context: Context, job: Job) -> Trained:
     Raises Stopped after a clean save when any rank was asked to stop, StageError when there are too many bad steps or
     ranks disagree in what must be equal.
     """
-    return _Loop(context, job).run()
+    loop = _Loop(context, job)
+    try:
+        return loop.run()
+    except BaseException:
+        loop.checkpoints.settle()
+        raise
 
 
 class _Loop:
@@ -119,10 +125,18 @@ class _Loop:
             **context.input_files("tokens"),
             "inputs": digest(context.task.inputs),
         }
-        self.checkpoints = Checkpoints(context.directory.checkpoints, world, origin, settings.keep_checkpoints)
+        self.checkpoints = Checkpoints(
+            context.directory.checkpoints,
+            world,
+            origin,
+            keep=settings.keep_checkpoints,
+            keep_every=settings.keep_every_steps,
+            in_background=settings.checkpoint_async,
+            facts=checkpoint_facts(settings),
+            check_fence=context.check_fence,
+        )
         self.log = StepLog(context, settings, job.flops_per_token)
         self.step_seconds: list[float] = []
-        self.save_seconds = 0.0
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}
         self.window: torch.Tensor | None = None
@@ -173,8 +187,10 @@ class _Loop:
                 self._checkpoint(done)
                 saved = done
             if stop and done < settings.steps:
+                self._published()
                 raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
             step = done
+        self._published()
         self.watchdog.enter("finish")
         return self._trained()
 
@@ -196,6 +212,7 @@ class _Loop:
 
     def _resume(self) -> int:
         found = self.checkpoints.newest()
+        self.checkpoints.expect(self.engine.checkpoint_bytes)
         if found is None:
             return 0
         folder, step = found
@@ -246,19 +263,34 @@ class _Loop:
         if self.context.world.is_first:
             self.context.check_fence()
         with self.watchdog.section("checkpoint"):
-            seconds = self.checkpoints.save(done, self.context.attempt, partial(self._save, done))
-        self.save_seconds = max(self.save_seconds, seconds)
+            self.checkpoints.save(done, self.context.attempt, self._snapshot(done))
 
-    def _save(self, done: int, folder: Path) -> None:
+    def _published(self) -> None:
+        with self.watchdog.section("checkpoint"):
+            self.checkpoints.wait()
+
+    def _snapshot(self, done: int) -> Copy:
         """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
-        self.engine.save(folder)
         if self.window is not None:
             self.passport = passport(self.window, self.job.top_k, self.window_from + 1, done)
             self.window, self.window_from = None, done
-        if self.context.world.is_first:
-            self.guard.record.write(folder)
-            if self.passport is not None:
-                write_json(folder / PASSPORT, self.passport)
+        told = {RECORD: asdict(self.guard.record), PASSPORT: self.passport} if self.context.world.is_first else {}
+        copy = self.engine.snapshot(to_host=self.settings.checkpoint_async)
+
+        def copy_all() -> Write:
+            write = copy()
+
+            def write_all(folder: Path) -> list[Written]:
+                files = write(folder)
+                for name, content in told.items():
+                    if content is not None:
+                        write_json(folder / name, content)
+                        files.append(Written.read(folder / name))
+                return files
+
+            return write_all
+
+        return copy_all
 
     def _update(self, step: int, rate: float) -> tuple[bool, str | None]:
         """One optimizer step; returns whether some rank wants to stop, and why the weights were left as they are."""
@@ -276,6 +308,7 @@ class _Loop:
                 self.engine.step(rate)
             else:
                 stop, problem = self._agree(total / len(batches), computed_s)
+                self.checkpoints.copied()
                 if not self.engine.step(rate, drop=problem is not None):
                     problem = problem or "the gradient norm is not finite"
             self.watchdog.beat()
@@ -303,7 +336,11 @@ class _Loop:
 
     def _agree(self, loss: torch.Tensor, computed_s: float) -> tuple[bool, str | None]:
         """Hear all ranks before the update: whether any was asked to stop, and what speaks against the update."""
-        stop = self.context.stop.requested or self.context.stop.runs_out(self._seconds_to_leave())
+        stop = (
+            self.context.stop.requested
+            or self.context.stop.runs_out(self._seconds_to_leave())
+            or self.checkpoints.has_failed  # every rank hears why when the next save begins
+        )
         word = agree(loss, computed_s, stop, self.context.world)
         self.loss = word.loss if math.isfinite(word.loss) else None
         self.times.add(word.seconds)
@@ -312,7 +349,7 @@ class _Loop:
 
     def _seconds_to_leave(self) -> float:
         """What another step and a checkpoint may take; a first checkpoint is guessed."""
-        return 3 * max(self.step_seconds[-10:], default=0.0) + 2 * (self.save_seconds or 5.0) + LEAVE_MARGIN_S
+        return 3 * max(self.step_seconds[-10:], default=0.0) + 2 * (self.checkpoints.seconds or 5.0) + LEAVE_MARGIN_S
 
     def _evaluate(self, max_tokens: int | None) -> float:
         self.engine.module.eval()

@@ -43,10 +43,11 @@ def small(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
-    """Run directory of the small chain, run once without disturbance."""
+    """Run directory of the small chain, run once without disturbance; it keeps all its checkpoints."""
     folder = tmp_path_factory.mktemp("uninterrupted")
     path = folder / "small.yaml"
     path.write_text(SMALL)
-    result = launch("run", path, "--set", f"run_root={folder}")
+    keep = "stages.pretrain.train.keep_every_steps=10"
+    result = launch("run", path, "--set", f"run_root={folder}", "--set", keep)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "small"

@@ -56,6 +56,7 @@ def test_a_fresh_process_with_plain_transformers_finds_the_same_held_out_loss(qu
 
 def test_every_tensor_of_the_model_is_accounted_for(quickstart: Path) -> None:
     groups = receipt(quickstart, "pretrain")["census"]
+    assert sorted(groups["experts"].pop("xxh3_64_by_layer")) == ["0", "1", "2", "3"]
     assert groups["experts"] == {"tensors": 8, "parameters": 4 * 8 * 3 * 256 * 256}
     total = sum(group["parameters"] for group in groups.values())
     assert total == receipt(quickstart, "pretrain")["metrics"]["total_params"]

@@ -22,6 +22,7 @@ from hpc.evaluate.loss import token_losses
 from hpc.model.build import build_model, model_config
 from hpc.model.routing import RouterProbe, update_biases
 from hpc.run.task import World
+from hpc.train.checkpoint import Checkpoints
 from hpc.train.engine import Engine, start_process_group
 
 STEPS, BATCH, SEQ = 8, 8, 16
@@ -81,7 +82,9 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
     if options.load:
         for parameter in engine.module.parameters():  # what is not loaded must be seen
             parameter.data.fill_(0.123)
-        engine.load(options.load)
+        found = Checkpoints(options.load, world, {}, keep=9).newest()
+        assert found is not None
+        engine.load(found[0])
     for step in data()[options.first : options.last]:
         mine = step[world.rank * share : (world.rank + 1) * share]
         total = torch.zeros((), device=options.device)
@@ -97,12 +100,15 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
         losses.append(float(total) / world.size)
         norms.append(engine.gradient_norm)
     if options.save:
-        options.save.mkdir(exist_ok=True)
-        engine.save(options.save)
+        saved = Checkpoints(options.save, world, {}, keep=9)
+        saved.save(options.last, 1, engine.snapshot(to_host=True))
+        saved.wait()
+    engine.module.eval()
+    logits = engine.forward(data()[0, :1, :-1]).detach().flatten().tolist() if options.save else None
     state = engine.state_in_transformers_layout()
     weights = {name: [float(value.double().sum()), float(value.double().norm())] for name, value in state.items()}
     memory = torch.cuda.max_memory_allocated() if options.device == "cuda" else None
-    return {"losses": losses, "norms": norms, "weights": weights, "peak_bytes": memory,
+    return {"losses": losses, "norms": norms, "weights": weights, "logits": logits, "peak_bytes": memory,
             "seconds": time.monotonic() - began}  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,11 @@ import torch
 from hpc.config import Health
 from hpc.config.train import HangBounds
 from hpc.errors import Hung, StageError
-from hpc.run.directory import StageDirectory
+from hpc.run.directory import StageDirectory, write_json
 from hpc.run.task import World
 from hpc.train import watchdog
 from hpc.train.corruption import bit_sum, minority, verdict
-from hpc.train.health import Guard, Record, StepTimes, Word, clock
+from hpc.train.health import RECORD, Guard, Record, StepTimes, Word, clock
 from tests.conftest import ROOT
 
 Told = dict[str, Any]
@@ -252,7 +253,7 @@ def test_the_place_of_a_step_in_the_data_jumps_over_what_is_left_out(tmp_path: P
     left_out = {2, 3, 4, 7, 8, 9}
     assert [record.place(step) for step in range(6)] == [place for place in range(12) if place not in left_out][:6]
     record.losses = [0.1, 1 / 3]
-    record.write(tmp_path)
+    write_json(tmp_path / RECORD, asdict(record))
     assert Record.read(tmp_path) == record
     assert Record.read(tmp_path / "none") == Record()
 
