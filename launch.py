@@ -2,6 +2,7 @@
 """GreenMoE: one YAML file from raw text to a quantized mixture-of-experts model, with its energy."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,28 @@ def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
     click.echo(show(figures))
     if as_json:
         click.echo(json.dumps(figures))
+
+
+@bench.command("train")
+@click.option("--ranks", default=1, show_default=True, help="Processes of each side, one thread each.")
+@click.option("--quick", is_flag=True, help="Half the tokens, 8 and 32 experts only.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="CPU seconds on a machine that others use.",
+)
+def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
+    """Our engine against other trainers in turns, and our expert layer against the dense-GEMM limit."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from hpc.bench.train import bench as measure
+    from slurm.submit import RANK_ENVIRONMENT
+
+    told = measure(RANK_ENVIRONMENT, ranks, quick, clock, click.echo)
+    if as_json:
+        click.echo(json.dumps(told))
 
 
 def _confirm(question: str) -> bool:

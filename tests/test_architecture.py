@@ -12,9 +12,10 @@ from tests.conftest import ROOT, Launch
 
 DOORS = {
     "submitit": {"slurm/submit.py"},
-    "deepspeed": {"hpc/train/engine.py"},
+    "deepspeed": {"hpc/train/engine.py", "hpc/bench/peers.py"},
     "megablocks": {"hpc/model/megablocks.py"},
     "kernels": {"hpc/model/megablocks.py"},
+    "litgpt": {"hpc/bench/peers.py"},
     "peft": {"hpc/adapt/lora.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
@@ -22,7 +23,7 @@ DOORS = {
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
-        "hpc/train/engine.py",
+        "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py",
     },
     "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
     "pyarrow": {"hpc/data/readers.py"},

@@ -18,14 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpc.errors import ConfigError
+from hpc.model.experts_cpu import on_cpu, sorted_on_cpu
 from hpc.model.megablocks import grouped_gemm, megablocks
+from hpc.model.products import serves
 
 GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(x_ND, weight_EOD, counts_E) -> y_NO. Rows past the sum of the counts are padding: what they hold is undefined."""
 
 
 def grouped_mm(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
-    """torch's grouped matrix product: one kernel for all experts, forward and backward."""
+    """torch's grouped matrix product: one kernel for all experts, forward and backward. On CPUs, where torch has none
+    and loops over the experts, a layer in fp32 is computed by `hpc.model.experts_cpu`, expert by expert in cache."""
     offsets_E = counts_E.cumsum(0, dtype=torch.int32)
     return functional.grouped_mm(x_ND, weight_EOD.transpose(-2, -1), offs=offsets_E)
 
@@ -91,6 +94,8 @@ def swiglu_experts(
     linear: GroupedLinear, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
 ) -> Tensor:
     """Output (T, H) of a layer of SwiGLU experts. gate_up (E, 2I, H) holds the gate first; down is (E, H, I)."""
+    if linear is grouped_mm and serves(x_TH.device, x_TH.dtype):
+        return on_cpu(x_TH, chosen_TK, weights_TK, (gate_up,), down)
     top_k = chosen_TK.shape[-1]
     order_N = chosen_TK.flatten().argsort(stable=True)
     inverse_N = torch.empty_like(order_N)
@@ -135,6 +140,8 @@ def expert_parallel_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
         assert isinstance(gate, Tensor)
         assert isinstance(up, Tensor)
         assert isinstance(down, Tensor)
+        if linear is grouped_mm and serves(x.device, x.dtype):
+            return sorted_on_cpu(x, num_tokens_per_expert, (gate, up), down)
         h_NI = functional.silu(linear(x, gate, num_tokens_per_expert)) * linear(x, up, num_tokens_per_expert)
         return linear(h_NI, down, num_tokens_per_expert)
 

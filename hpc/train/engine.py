@@ -1,7 +1,7 @@
 """The door to DeepSpeed: ZeRO data parallelism with expert parallelism (AutoEP) over a transformers model.
 
 DeepSpeed's own habits that matter here, seen with version 0.19.8:
-* AutoEP reads a registry of transformers in a way that transformers >= 5.2 changed: `_apply_autoep_shim`.
+* AutoEP reads a registry of transformers in a way that transformers >= 5.2 changed: `apply_autoep_shim`.
 * the shared-memory collective for CPUs is compiled for minutes at start although gloo does the work: switched off.
 * its expert-parallel section does not refuse unknown keys: the dictionary is built here and nowhere else.
 * an update whose global gradient norm is not finite is left out on all ranks, whatever the precision and ZeRO stage;
@@ -26,8 +26,11 @@ from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
 from hpc.config import TrainingBase
+from hpc.model.attention import use_attention
 from hpc.model.blocks import overlap_shared_experts, prepare_blocks
 from hpc.model.experts import check_available, use_backend
+from hpc.model.loss import LossHead
+from hpc.model.products import use_products
 from hpc.model.routing import route_in_fp32, router_biases
 from hpc.run.task import World
 from hpc.train.fragments import (
@@ -124,7 +127,7 @@ class Engine:
         self._autoep = needs_autoep(settings)
         check_available(settings.expert_compute, device, precision)
         if self._autoep:
-            _apply_autoep_shim()
+            apply_autoep_shim()
         model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         prepare_blocks(model, settings)
         self._engine, *_ = deepspeed.initialize(
@@ -135,6 +138,9 @@ class Engine:
         )
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)
+        use_products(self.module)
+        use_attention(self.module)
+        self._head = LossHead(self.module)
         route_in_fp32(self.module)
         if device == "cuda" and self._autoep and settings.parallel.zero_stage < 3:
             overlap_shared_experts(self.module)
@@ -147,7 +153,7 @@ class Engine:
             groups = split_params_into_different_moe_groups_for_optimizer(groups)
         if options.kind == "muon":
             return _muon(groups, self.device)
-        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps)
+        return torch.optim.AdamW(groups, betas=options.betas, eps=options.eps, fused=True)
 
     def forward(self, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
         """Logits (B, S, V) of token ids (B, S). Collective under expert parallelism.
@@ -157,6 +163,11 @@ class Engine:
         placed = None if positions is None else positions.to(self.device)
         logits: Tensor = self._engine(input_ids=input_ids.to(self.device), position_ids=placed, use_cache=False).logits
         return logits
+
+    def loss(self, input_ids: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Mean loss (nats) of targets (B, S) after token ids (B, S), without keeping the logits of all tokens.
+        Collective under expert parallelism."""
+        return self._head.loss(lambda: self.forward(input_ids, positions), targets.to(self.device))
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of this rank's mean loss. Collective."""
@@ -326,7 +337,7 @@ def _muon(groups: list[dict[str, Any]], device: str) -> torch.optim.Optimizer:
     return optimizer
 
 
-def _apply_autoep_shim() -> None:
+def apply_autoep_shim() -> None:
     """Let AutoEP ask transformers' recorder registry by a string key, as it does in DeepSpeed 0.19.8.
 
     transformers >= 5.2 made that `get` take a model; a string asked for there raised TypeError. A test watches whether

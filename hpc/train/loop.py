@@ -23,7 +23,7 @@ from hpc.config import TrainingBase
 from hpc.data.loader import Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
 from hpc.errors import StageError, Stopped
-from hpc.evaluate.loss import held_out_loss, token_losses
+from hpc.evaluate.loss import held_out_loss
 from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport, router_biases, update_biases
 from hpc.run.directory import write_json
 from hpc.run.receipt import digest
@@ -329,7 +329,7 @@ class _Loop:
         """
         ids = torch.from_numpy(batch.ids)
         positions = None if batch.positions is None else torch.from_numpy(batch.positions)
-        loss = token_losses(self.engine.forward(ids[:, :-1], positions), ids[:, 1:]).mean()
+        loss = self.engine.loss(ids[:, :-1], ids[:, 1:], positions)
         heard = self.probe.collect(before_LE if self.job.balance_over_step else None)
         self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
         return loss.detach(), heard.counts_LE

@@ -9,6 +9,7 @@ from hpc.config import Model, Router
 from hpc.errors import ConfigError
 from hpc.model.build import build_model, model_config
 from hpc.model.experts import BACKENDS, check_available, swiglu_experts, use_backend
+from hpc.model.experts_cpu import on_cpu, sorted_on_cpu
 
 HERE = [name for name in BACKENDS if name != "megablocks"]
 ROUTER = Router(num_experts=8, top_k=2)
@@ -53,6 +54,36 @@ def test_deepspeeds_local_experts_compute_the_same_with_every_backend(backend: s
     expected = layer(x, counts)[:16]
     use_backend(torch.nn.ModuleList([layer]), backend)
     assert torch.allclose(layer(x, counts)[:16], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("experts", [2, 24])
+def test_expert_by_expert_in_cache_is_the_reference_with_padding_and_idle_experts(experts: int) -> None:
+    torch.manual_seed(1)
+    gate_up, down = torch.randn(experts, 32, 16) / 4, torch.randn(experts, 16, 16) / 4
+    x, weights = torch.randn(150, 16), torch.rand(150, 2)
+    chosen = torch.stack([torch.randperm(experts)[:2] for _ in range(150)]) % max(2, experts - 3)  # the last ones idle
+    leaves = [x, weights, gate_up, down]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    expected = swiglu_experts(BACKENDS["loop"], x, chosen, weights, gate_up, down)
+    wanted = torch.autograd.grad(expected.square().sum(), leaves)
+    found = on_cpu(x, chosen, weights, (gate_up,), down)
+    assert torch.allclose(found, expected, atol=1e-6)
+    for gradient, other in zip(torch.autograd.grad(found.square().sum(), leaves), wanted, strict=True):
+        assert torch.allclose(gradient, other, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_experts_get_no_gradient_and_split_ones_the_same() -> None:
+    torch.manual_seed(2)
+    gate, up, down = (torch.randn(3, 8, 8) for _ in range(3))
+    counts, x = torch.tensor([4, 0, 3]), torch.randn(9, 8, requires_grad=True)  # two rows of padding
+    y = sorted_on_cpu(x, counts, (gate, up), down)
+    rows = torch.nn.functional.silu(x[4:7] @ gate[2].T) * (x[4:7] @ up[2].T) @ down[2].T
+    assert torch.allclose(y[4:7], rows, atol=1e-5)
+    (found,) = torch.autograd.grad(y[:7].sum(), x)
+    (wanted,) = torch.autograd.grad(rows.sum(), x)
+    assert torch.allclose(found[4:7], wanted[4:7], atol=1e-5)
+    assert not found[7:].any()
 
 
 def test_a_swapped_gate_and_up_is_no_small_difference() -> None:

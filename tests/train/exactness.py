@@ -18,7 +18,6 @@ import torch.distributed as dist
 import yaml
 
 from hpc.config.train import Training
-from hpc.evaluate.loss import token_losses
 from hpc.model.build import build_model, model_config
 from hpc.model.routing import RouterProbe, update_biases
 from hpc.run.task import World
@@ -89,7 +88,7 @@ def run(case: str, world: World, options: argparse.Namespace) -> dict[str, Any]:
         mine = step[world.rank * share : (world.rank + 1) * share]
         total = torch.zeros((), device=options.device)
         for part in mine.chunk(settings.gradient_accumulation_steps):
-            loss = token_losses(engine.forward(part[:, :-1]), part[:, 1:]).mean()
+            loss = engine.loss(part[:, :-1], part[:, 1:])
             heard = probe.collect()
             total += loss.detach() / settings.gradient_accumulation_steps
             engine.backward(loss + 0.01 * heard.aux_loss if "/aux" in case else loss)

@@ -27,7 +27,7 @@ def test_an_experts_overlay_wins_over_our_keys(root: Path) -> None:
 
 
 def test_the_shim_for_autoep_is_still_needed() -> None:
-    """When this fails, DeepSpeed and transformers agree again: delete `_apply_autoep_shim`."""
+    """When this fails, DeepSpeed and transformers agree again: delete `apply_autoep_shim`."""
     code = """
 from transformers.utils import output_capturing
 try:
