@@ -21,6 +21,8 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 EXPERTS = (8, 32, 64, 128)
 VOCAB_SIZE = 4096
+WARM_UP = 3
+"""Steps after the first one that are not timed: kernels are generated, the allocator's memory grows."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def bench(
 
 
 def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall") -> Iterator[Row]:
-    """One row for each peer, then ours: one warm-up step each, then `rounds` rounds of one step each."""
+    """One row for each peer, then ours: warm-up, then `rounds` rounds of one step each."""
     settings = model.settings
     tokens = settings.batches.tokens_per_step
     flops = training_flops_per_token(settings.model, settings.router, model.vocab_size, settings.batches.seq_len)
@@ -109,6 +111,7 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
 
     us = Side(ours, model, model.ranks, clock)
     first = us.turn(1)
+    us.turn(WARM_UP)
     own, memory = [], first.memory_gib
     for name, program in PEERS.items():
         note = " ".join((program.__doc__ or "").split())
@@ -120,6 +123,7 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
             continue
         try:
             start = peer.turn(1)
+            peer.turn(WARM_UP)
             for _ in range(rounds):
                 turn = us.turn(1)
                 here.append(turn.seconds)

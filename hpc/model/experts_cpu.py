@@ -56,26 +56,26 @@ class _Experts(torch.autograd.Function):
         weights_S1 = x_TH.new_zeros(len(slots.tokens_S), 1)
         weights_S1[slots.place_N, 0] = weights_N[slots.order_N]
         inner = down.shape[2]
-        gate_up = x_TH.new_empty(len(slots.tokens_S), 2 * inner)
-        y_SH = x_TH.new_empty(len(slots.tokens_S), x_TH.shape[1])
+        kept: list[Tensor] = []
         out_TH = torch.zeros_like(x_TH)
         for expert, part in enumerate(slots.parts):
-            if part.start == part.stop:
-                continue
             tokens_R = slots.tokens_S[part]
+            if not len(tokens_R):
+                kept += [tokens_R, tokens_R]
+                continue
             x_RH = x_TH.index_select(0, tokens_R)
-            gate_up[part] = _side_by_side([product(x_RH, up[expert]) for up in ups])
-            gate_RI, up_RI = gate_up[part, :inner], gate_up[part, inner:]
-            y_RH = product(functional.silu(gate_RI).mul_(up_RI), down[expert])
-            y_SH[part] = y_RH
-            out_TH.index_add_(0, tokens_R, y_RH.mul_(weights_S1[part]))
-        ctx.save_for_backward(x_TH, weights_S1, gate_up, y_SH, down, *ups)
-        ctx.slots = slots
+            gate_up = _side_by_side([product(x_RH, up[expert]) for up in ups])
+            y_RH = product(functional.silu(gate_up[:, :inner]).mul_(gate_up[:, inner:]), down[expert])
+            out_TH.index_add_(0, tokens_R, y_RH * weights_S1[part])
+            kept += [gate_up, y_RH]
+        ctx.save_for_backward(x_TH, weights_S1, down, *ups, *kept)
+        ctx.slots, ctx.num_ups = slots, len(ups)
         return out_TH
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_TH, weights_S1, gate_up, y_SH, down, *ups = ctx.saved_tensors
+        x_TH, weights_S1, down, *others = ctx.saved_tensors
+        ups, kept = others[: ctx.num_ups], others[ctx.num_ups :]
         slots: _Slots = ctx.slots
         wanted_x, wanted_weights, _, wanted_down, wanted_up, *_ = ctx.needs_input_grad
         (gradient_TH,) = gradients
@@ -85,20 +85,21 @@ class _Experts(torch.autograd.Function):
         dups: list[Tensor | None] = [torch.empty_like(up) if wanted_up else None for up in ups]
         inner = down.shape[2]
         for expert, part in enumerate(slots.parts):
-            if part.start == part.stop:
+            tokens_R = slots.tokens_S[part]
+            gate_up, y_RH = kept[2 * expert : 2 * expert + 2]
+            if not len(tokens_R):
                 for weight_gradients in (*dups, ddown):
                     if weight_gradients is not None:
                         weight_gradients[expert].zero_()
                 continue
-            tokens_R = slots.tokens_S[part]
             dy_RH = gradient_TH.index_select(0, tokens_R)
             if wanted_weights:
-                torch.sum(dy_RH * y_SH[part], 1, out=dweights_S[part])
+                torch.sum(dy_RH * y_RH, 1, out=dweights_S[part])
             dy_RH.mul_(weights_S1[part])
-            gate_RI, up_RI = gate_up[part, :inner], gate_up[part, inner:]
+            gate_RI, up_RI = gate_up[:, :inner], gate_up[:, inner:]
             dh_RI = product(dy_RH, down[expert].T)
             h_RI = functional.silu(gate_RI)
-            dgate_up = torch.empty_like(gate_up[part])
+            dgate_up = torch.empty_like(gate_up)
             torch.mul(dh_RI, h_RI, out=dgate_up[:, inner:])
             if ddown is not None:
                 ddown[expert] = weight_gradient(dy_RH, h_RI.mul_(up_RI))

@@ -38,9 +38,9 @@ def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Te
 
 
 def weight_gradient(gradient_NO: Tensor, x_ND: Tensor) -> Tensor:
-    """gradient_NO.T @ x_ND. oneDNN copies the left factor into rows: the narrower one goes there."""
+    """gradient_NO.T @ x_ND, in any strides. oneDNN copies the left factor into rows: the narrower one goes there."""
     if gradient_NO.shape[1] > 2 * x_ND.shape[1]:
-        return product(x_ND.T, gradient_NO.T).T.contiguous()
+        return product(x_ND.T, gradient_NO.T).T
     return product(gradient_NO.T, x_ND.T)
 
 
@@ -63,7 +63,7 @@ class _Linear(torch.autograd.Function):
         gradient_NO = gradients[0].contiguous()
         return (
             product(gradient_NO, weight_OD.T) if wanted_x else None,
-            weight_gradient(gradient_NO, x_ND) if wanted_weight else None,
+            weight_gradient(gradient_NO, x_ND).contiguous() if wanted_weight else None,
         )
 
 
