@@ -21,8 +21,10 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 
 EXPERTS = (8, 32, 64, 128)
 VOCAB_SIZE = 4096
-WARM_UP = 3
+WARM_UP = 2
 """Steps after the first one that are not timed: kernels are generated, the allocator's memory grows."""
+SLOW_S = 4.0
+"""A side whose first step takes longer has no more warm-up and two rounds: the bench has to end."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,10 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
             continue
         try:
             start = peer.turn(1)
-            peer.turn(WARM_UP)
-            for _ in range(rounds):
+            is_slow = start.seconds > SLOW_S
+            if not is_slow:
+                peer.turn(WARM_UP)
+            for _ in range(min(rounds, 2) if is_slow else rounds):
                 turn = us.turn(1)
                 here.append(turn.seconds)
                 last = peer.turn(1)
