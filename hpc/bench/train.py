@@ -23,8 +23,8 @@ EXPERTS = (8, 32, 64, 128)
 VOCAB_SIZE = 4096
 WARM_UP = 2
 """Steps after the first one that are not timed: kernels are generated, the allocator's memory grows."""
-SLOW_S = 4.0
-"""A side whose first step takes longer has no more warm-up and two rounds: the bench has to end."""
+SLOW_S = 3.0
+"""A side whose first step takes longer has no more warm-up and one round: the bench has to end."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def bench(
     tell(HEADER)
     rows: list[Row] = []
     for num_experts in (8, 32) if quick else EXPERTS:
-        for row in compare(case(num_experts, ranks, quick), layer.limit_flops * ranks, 2 if quick else 3, clock):
+        for row in compare(
+            case(num_experts, ranks, quick), layer.limit_flops * ranks, 2 if quick or num_experts > 32 else 3, clock
+        ):
             tell(row_line(row))
             rows.append(row)
     return {
@@ -113,7 +115,7 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
 
     us = Side(ours, model, model.ranks, clock)
     first = us.turn(1)
-    us.turn(WARM_UP)
+    us.turn(2 * WARM_UP)  # its first peer would meet it earlier than the others do
     own, memory = [], first.memory_gib
     for name, program in PEERS.items():
         note = " ".join((program.__doc__ or "").split())
@@ -128,7 +130,7 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
             is_slow = start.seconds > SLOW_S
             if not is_slow:
                 peer.turn(WARM_UP)
-            for _ in range(min(rounds, 2) if is_slow else rounds):
+            for _ in range(1 if is_slow else rounds):
                 turn = us.turn(1)
                 here.append(turn.seconds)
                 last = peer.turn(1)
