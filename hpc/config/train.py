@@ -228,8 +228,8 @@ class TrainingBase(Frozen):
     reference; `megablocks` (arXiv:2211.15841) needs an NVIDIA GPU and its own installation."""
 
     attention_kernel: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    """Attention kernel of transformers: `auto` and `sdpa` take torch's own choice; flash_attention_2 needs
-    its package."""
+    """Attention kernel: `sdpa` leaves the choice to torch; `auto` does so too, but on CPUs with AVX-512 takes blocks
+    of our own for long causal sequences; flash_attention_2 needs its package."""
 
     recompute: Literal["none", "attention", "full"] = "none"
     """Activations that the backward pass computes again instead of keeping: `attention`: those of the attention blocks,

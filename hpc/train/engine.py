@@ -139,7 +139,8 @@ class Engine:
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)
         use_products(self.module)
-        use_attention(self.module)
+        if settings.attention_kernel == "auto":
+            use_attention(self.module)
         self._head = LossHead(self.module)
         route_in_fp32(self.module)
         if device == "cuda" and self._autoep and settings.parallel.zero_stage < 3:
