@@ -43,6 +43,17 @@ class Case:
         model.set_experts_implementation(experts)
         return model
 
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of a step."""
+        return self.settings.gradient_accumulation_steps
+
+    def steps(self) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """The micro-batches of one step after the other."""
+        batches = self.batches()
+        while True:
+            yield [next(batches) for _ in range(self.accumulation)]
+
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs and targets (B, S) of this rank, without end, the same for every side."""
         generator = torch.Generator().manual_seed(torch.distributed.get_rank() if self.ranks > 1 else 0)
@@ -64,10 +75,11 @@ def ours(turns: Turns, case: Case) -> None:
     engine = Engine(case.model(), settings, "cpu")
     probe = RouterProbe(engine.module)
     turns.start()
-    for ids, targets in case.batches():
-        loss = engine.loss(ids, targets)
-        engine.backward(loss + settings.router.aux_loss * probe.collect().aux_loss)
-        engine.step(settings.optimizer.lr)
+    for step in case.steps():
+        for ids, targets in step:
+            loss = engine.loss(ids, targets)
+            engine.backward(loss + settings.router.aux_loss * probe.collect().aux_loss)
+            engine.step(settings.optimizer.lr)
         turns.step(float(loss))
 
 
@@ -108,6 +120,7 @@ def _hf_trainer(turns: Turns, case: Case, experts: str) -> None:
     options, batches = case.settings.optimizer, case.settings.batches
     arguments = TrainingArguments(
         output_dir="unused", use_cpu=True, max_steps=10**6, per_device_train_batch_size=batches.micro_batch_size,
+        gradient_accumulation_steps=case.accumulation,
         learning_rate=options.lr, adam_beta1=options.betas[0], adam_beta2=options.betas[1],
         weight_decay=options.weight_decay, max_grad_norm=options.gradient_clipping, optim="adamw_torch_fused",
         lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to=[], disable_tqdm=True,
@@ -196,6 +209,7 @@ def _deepspeed(turns: Turns, case: Case, model: nn.Module, more: dict[str, Any])
         optimizer=optimizer,
         config={
             "train_micro_batch_size_per_gpu": case.settings.batches.micro_batch_size,
+            "gradient_accumulation_steps": case.accumulation,
             "gradient_clipping": case.settings.optimizer.gradient_clipping,
             "steps_per_print": 10**9,
             "zero_allow_untested_optimizer": True,
@@ -204,10 +218,11 @@ def _deepspeed(turns: Turns, case: Case, model: nn.Module, more: dict[str, Any])
         },
     )
     turns.start()
-    for ids, targets in case.batches():
-        loss = engine(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
-        engine.backward(loss)
-        engine.step()
+    for step in case.steps():
+        for ids, targets in step:
+            loss = engine(input_ids=ids, labels=targets, shift_labels=targets, use_cache=False).loss
+            engine.backward(loss)
+            engine.step()
         turns.step(float(loss))
 
 
@@ -238,9 +253,10 @@ def litgpt(turns: Turns, case: Case) -> None:
             nn.init.normal_(parameter, std=shape.initializer_range)
     model, optimizer = fabric.setup(bare, case.optimizer(bare.parameters()))
     turns.start()
-    for ids, targets in case.batches():
-        loss = chunked_cross_entropy(model(ids), targets)
-        fabric.backward(loss)
+    for step in case.steps():
+        for ids, targets in step:
+            loss = chunked_cross_entropy(model(ids), targets)
+            fabric.backward(loss / case.accumulation)
         fabric.clip_gradients(model, optimizer, max_norm=case.settings.optimizer.gradient_clipping)
         optimizer.step()
         optimizer.zero_grad()

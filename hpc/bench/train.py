@@ -22,7 +22,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HU
 EXPERTS = (8, 32, 64, 128)
 VOCAB_SIZE = 4096
 WARM_UP = 2
-"""Steps after the first one that are not timed: kernels are generated, the allocator's memory grows."""
+"""Steps after the first one that are not timed, the same for all: kernels are generated, memory grows."""
 SLOW_S = 3.0
 """A side whose first step takes longer has no more warm-up and one round: the bench has to end."""
 
@@ -56,8 +56,8 @@ def case(num_experts: int, ranks: int, quick: bool) -> Case:
             "router": {"num_experts": num_experts, "top_k": 2, "aux_loss": 0.01},
             "batches": {
                 "seq_len": 512,
-                "micro_batch_size": 2 if quick else 4,
-                "tokens_per_step": 512 * (2 if quick else 4) * ranks,
+                "micro_batch_size": 4,
+                "tokens_per_step": 512 * 4 * (1 if quick else 2) * ranks,
             },
             "steps": 1000,
             "optimizer": {"lr": 1e-4},
@@ -115,7 +115,7 @@ def compare(model: Case, limit_flops: float, rounds: int, clock: Clock = "wall")
 
     us = Side(ours, model, model.ranks, clock)
     first = us.turn(1)
-    us.turn(2 * WARM_UP)  # its first peer would meet it earlier than the others do
+    us.turn(WARM_UP)
     own, memory = [], first.memory_gib
     for name, program in PEERS.items():
         note = " ".join((program.__doc__ or "").split())
