@@ -112,7 +112,7 @@ def _hf_trainer(turns: Turns, case: Case, experts: str) -> None:
 
         def training_step(self, *args: Any, **options: Any) -> Tensor:
             loss = super().training_step(*args, **options)
-            self.last_loss = float(loss)
+            self.last_loss = float(loss) * case.accumulation
             return loss
 
     if case.ranks == 1:

@@ -135,7 +135,7 @@ class _Loop:
             facts=checkpoint_facts(settings),
             check_fence=context.check_fence,
         )
-        self.log = StepLog(context, settings, job.flops_per_token)
+        self.log = StepLog(context, settings, job.flops_per_token, is_accelerator=self.device == "cuda")
         self.step_seconds: list[float] = []
         self.loss: float | None = None
         self.routing: dict[str, Any] = {}

@@ -13,8 +13,11 @@ from hpc.tracking.metrics import Metrics
 class StepLog:
     """Rows and progress of one attempt; does nothing on ranks other than the first."""
 
-    def __init__(self, context: Context, settings: TrainingBase, flops_per_token: float | None) -> None:
+    def __init__(
+        self, context: Context, settings: TrainingBase, flops_per_token: float | None, *, is_accelerator: bool
+    ) -> None:
         self._context, self._settings, self._flops_per_token = context, settings, flops_per_token
+        self._is_accelerator = is_accelerator
         self._metrics = Metrics(context.directory.metrics, context.mirror) if context.world.is_first else None
         self._meter = EnergyMeter(context.directory.root, context.attempt)
 
@@ -37,7 +40,7 @@ class StepLog:
                 "time": time.time(),
                 **figures,
                 "tokens_per_s": speed,
-                "mfu": self._mfu(speed),
+                **self._efficiency(speed),
                 "node_power_w": energy.power_w_by_host,
                 "energy_j": energy.energy_j,
             }
@@ -45,9 +48,11 @@ class StepLog:
         left = (steps - done) * sum(recent_s) / len(recent_s) if recent_s else None
         self._context.progress(text, done=done, total=steps, loss=loss, tokens_per_s=speed, seconds_left=left)
 
-    def _mfu(self, speed: float | None) -> float | None:
-        """Derived from the measured speed, and from the peak that the site states."""
+    def _efficiency(self, speed: float | None) -> dict[str, float | None]:
+        """Model FLOP/s, derived from the measured speed; and MFU, where the peak is an accelerator's data sheet's: what
+        a site states for the cores of "this machine" is too rough for that."""
         if speed is None or self._flops_per_token is None:
-            return None
-        peak = self._context.task.machine.peak_flops_per_rank
-        return model_flops_utilization(speed, self._flops_per_token, self._settings.parallel.world_size, peak)
+            return {"model_flops_per_s": None, "mfu": None}
+        peak, ranks = self._context.task.machine.peak_flops_per_rank, self._settings.parallel.world_size
+        mfu = model_flops_utilization(speed, self._flops_per_token, ranks, peak) if self._is_accelerator else None
+        return {"model_flops_per_s": speed * self._flops_per_token, "mfu": mfu}
