@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from hpc.model.products import padded, product, weight_gradient
+from hpc.model.products import padded, product
 
 
 @dataclass(frozen=True)
@@ -102,13 +102,13 @@ class _Experts(torch.autograd.Function):
             dgate_up = torch.empty_like(gate_up)
             torch.mul(dh_RI, h_RI, out=dgate_up[:, inner:])
             if ddown is not None:
-                ddown[expert] = weight_gradient(dy_RH, h_RI.mul_(up_RI))
+                ddown[expert] = product(dy_RH.T, h_RI.mul_(up_RI).T)
             torch.ops.aten.silu_backward.grad_input(dh_RI.mul_(up_RI), gate_RI, grad_input=dgate_up[:, :inner])
             halves = dgate_up.chunk(len(ups), 1)
             x_RH = x_TH.index_select(0, tokens_R)
             for up, dup, half in zip(ups, dups, halves, strict=True):
                 if dup is not None:
-                    dup[expert] = weight_gradient(half, x_RH)
+                    dup[expert] = product(half.T, x_RH.T)
                 if dx_TH is not None:
                     dx_TH.index_add_(0, tokens_R, product(half, up[expert].T))
         dweights_N = None
