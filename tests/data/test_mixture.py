@@ -155,8 +155,8 @@ def test_a_checkpoint_refuses_other_data_and_names_the_file_and_both_values(chai
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "group"), 1), rank=0, world_size=1)
     try:
         root = context.directory.checkpoints
-        Checkpoints(root, World(), before, 1).save(5, 1, lambda folder: None)
-        found = Checkpoints(root, World(), before, 1).newest()
+        Checkpoints(root, World(), before, keep=1, in_background=False).save(5, 1, lambda: lambda folder: [])
+        found = Checkpoints(root, World(), before, keep=1).newest()
         assert found is not None
         assert found[1] == 5
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_refuses_other_data_and_names_the_file_and_both_values(chai
         after = context.input_files("tokens")
         assert {key for key in before if before[key] != after[key]} == {"python/train.bin"}
         with pytest.raises(ArtifactError) as caught:
-            Checkpoints(root, World(), after, 1).newest()
+            Checkpoints(root, World(), after, keep=1).newest()
     finally:
         dist.destroy_process_group()
     assert f"python/train.bin = {before['python/train.bin']}, this run has {after['python/train.bin']}" in str(
