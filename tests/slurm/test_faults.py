@@ -82,6 +82,7 @@ def test_requeues_signals_lost_ranks_preemption_and_dying_nodes(healthy: Cluster
     assert weights[0] == weights[1]
 
 
+@pytest.mark.slow
 def test_a_time_limit_shorter_than_the_work_and_preemption_with_grace(
     healthy: Cluster, quiet: Chain, tmp_path: Path
 ) -> None:
