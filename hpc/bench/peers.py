@@ -226,15 +226,25 @@ def _deepspeed(turns: Turns, case: Case, model: nn.Module, more: dict[str, Any])
         turns.step(float(loss))
 
 
+GET_LITGPT = (
+    "pip install --no-deps litgpt==0.5.13 lightning==2.6.1 lightning-utilities==0.15.3 torchmetrics==1.9.0 "
+    "jsonargparse==4.41.0"
+)
+"""It pins a huggingface-hub that transformers 5 is too new for, so it comes without what it depends on."""
+
+
 def litgpt(turns: Turns, case: Case) -> None:
     """LitGPT's model and the loop of its pretraining script; its own random weights"""
-    import lightning
-    from litgpt.config import Config
-    from litgpt.model import GPT
-    from litgpt.utils import chunked_cross_entropy
-
     if case.ranks > 1:
         raise ImportError("one rank only in this bench")
+    try:
+        import lightning
+        from litgpt.config import Config
+        from litgpt.model import GPT
+        from litgpt.utils import chunked_cross_entropy
+    except ImportError as error:
+        raise ImportError(f"{error.name} is missing: {GET_LITGPT}") from None
+
     _alone()
     shape, router = case.settings.model, case.settings.router
     config = Config(
