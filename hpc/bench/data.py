@@ -49,7 +49,7 @@ def measure(seconds: float) -> dict[str, Any]:
         folder = Path(name)
         random = np.random.default_rng(0)
         documents = (random.integers(0, VOCAB_SIZE, DOCUMENT_TOKENS, np.uint16) for _ in range(DOCUMENTS))
-        write_store(folder / "tokens", documents, VOCAB_SIZE)  # type: ignore[arg-type]
+        write_store(folder / "tokens", documents, VOCAB_SIZE)
         store = TokenStore(folder / "tokens")
         sides = {
             "ours": _ours(store, document_masking=False),

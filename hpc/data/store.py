@@ -34,6 +34,9 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 """Megatron's codes of the whole numbers; we write 8 and 4."""
 
+Tokens = Sequence[int] | NDArray[Any]
+"""Ids of one document, (N,)."""
+
 
 class TokenStore:
     """A read-only token stream in memory-mapped files.
@@ -117,7 +120,7 @@ class StoreWriter:
         self._prefix = prefix
         self._file = prefix.with_suffix(".bin").open("wb")
 
-    def add(self, ids: Sequence[int]) -> None:
+    def add(self, ids: Tokens) -> None:
         """Append one document."""
         self._file.write(np.asarray(ids, DTYPES[self.code]).tobytes())
         self.lengths.append(len(ids))
@@ -132,7 +135,7 @@ class StoreWriter:
             write_index(self._prefix, self.code, np.frombuffer(self.lengths, np.int32))
 
 
-def write_store(prefix: Path, documents: Iterable[Sequence[int]], vocab_size: int) -> int:
+def write_store(prefix: Path, documents: Iterable[Tokens], vocab_size: int) -> int:
     """Write documents (token ids) as PREFIX.bin and PREFIX.idx; returns the number of tokens."""
     with StoreWriter(prefix, vocab_size) as writer:
         for document in documents:

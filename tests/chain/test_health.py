@@ -105,7 +105,7 @@ def needed(asked: TaskFile, micro_batch_size: int) -> float:
     from hpc.plan.plan import model_facts
 
     facts: Any = model_facts(RunConfig(name="x", stages=asked.stages), "pretrain")
-    return _bytes(facts, asked.stage.train, "fp32", micro_batch_size)  # type: ignore[union-attr]
+    return _bytes(facts, asked.stage.train, "fp32", micro_batch_size)
 
 
 @pytest.mark.slow

@@ -114,7 +114,7 @@ def its_experts(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top
     gate_up: Any = self.gate_up_proj
     num_experts, twice_inner, hidden = gate_up.shape
     layer = ParallelDroplessMLP(arguments(num_experts, top_k_index.shape[-1], hidden, twice_inner // 2))
-    weights = to_megablocks(gate_up, self.down_proj)  # type: ignore[arg-type]
+    weights = to_megablocks(gate_up, self.down_proj)
     routed = (hidden_states, torch.empty(0), top_k_weights, top_k_index)
     result: Tensor = functional_call(layer, weights, routed)
     return result
@@ -129,7 +129,7 @@ def logits_and_gradients(model: nn.Module, ids: Tensor) -> list[Tensor]:
     model.zero_grad()
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     token_losses(logits, ids[:, 1:]).mean().backward()
-    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]  # type: ignore[union-attr]
+    return [logits.detach(), *(p.grad.clone() for p in model.parameters())]
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -258,7 +258,7 @@ def test_our_engine_trains_with_experts_on_two_ranks_as_plain_descent_on_one(two
         losses.append(float(loss.detach()))
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= settings.optimizer.lr * parameter.grad  # type: ignore[operator]
+                parameter -= settings.optimizer.lr * parameter.grad
     told = two_ranks["engine"]
     assert told["calls"] == STEPS * 9 * settings.model.num_layers  # three products, AutoEP keeps gate and up apart
     assert losses[-1] < losses[0] - 0.01

@@ -33,7 +33,7 @@ def test_a_model_computes_the_same_through_it(architecture: str, monkeypatch: py
 
     def counted(*arguments: object) -> torch.Tensor:
         calls.append(1)
-        return causal_attention(*arguments)  # type: ignore[arg-type]
+        return causal_attention(*arguments)
 
     monkeypatch.setattr(attention, "causal_attention", counted)
     monkeypatch.setattr(attention, "SHORTEST", 8)

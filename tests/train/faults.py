@@ -84,7 +84,7 @@ class Witness:
         class Module:
             xxh3_128 = Hasher
 
-        written.xxhash = Module  # type: ignore[assignment]
+        written.xxhash = Module
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if not self.is_on or event not in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir"):

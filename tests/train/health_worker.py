@@ -73,8 +73,8 @@ class Run:
     def attempt(self, change: Callable[["loop._Loop"], None] | None = None) -> dict[str, Any]:
         """Train; `change` may put hooks into the loop before it runs. Returns the outcome, rows and final weights."""
         self.attempts += 1
-        settings = self.task.stage.train  # type: ignore[union-attr]
-        config = model_config(settings.model, settings.router, 64, 64, 0)  # type: ignore[union-attr]
+        settings = self.task.stage.train
+        config = model_config(settings.model, settings.router, 64, 64, 0)
         context = Context(self.task, self.directory, self.world, self.attempts)
         job = loop.Job(
             model=build_model(config, seed=0), settings=settings, top_k=2, aux_loss=0.01,
@@ -181,7 +181,7 @@ def skip(folder: Path, world: World, layouts: tuple[str, ...] = FEW) -> Row:
                 kept.append("same" if weights_of(made) == before else "changed")
                 return answer
 
-            made._update = told  # type: ignore[method-assign]
+            made._update = told
 
         bad = run.attempt(watch)
         clean = Run(folder, f"clean-{name}", world, layout=layout, accumulation=accumulation, steps=7, window=4)
@@ -220,7 +220,7 @@ def gradient(folder: Path, world: World) -> Row:
                 parameter.register_hook(spoil)
 
     found = {zero: Run(folder, f"gradient-{zero}", world, layout=f"1/{zero}").attempt(everywhere) for zero in (1, 2, 3)}
-    found["expert"] = Run(folder, "gradient-expert", world, layout="2/1").attempt(one_expert)  # type: ignore[index]
+    found["expert"] = Run(folder, "gradient-expert", world, layout="2/1").attempt(one_expert)
     return {str(key): value for key, value in found.items()}
 
 
@@ -235,7 +235,7 @@ def spike(folder: Path, world: World) -> Row:
             made.context.stop.requested = step == 7 and world.rank == 1
             return update(step, rate)
 
-        made._update = told  # type: ignore[method-assign]
+        made._update = told
 
     health: Row = {"window": 8, "spike_sigma": 4.0, "steps": 11}
     through = Run(folder, "spike", world, **health).attempt(on_place(9, huge))
@@ -298,7 +298,7 @@ def flip(folder: Path, world: World) -> Row:
                 weight.data.view(torch.int32).view(-1)[5] ^= 1
             find(done)
 
-        made._search = told  # type: ignore[method-assign]
+        made._search = told
 
     layouts = ("1/1", "2/1") if world.size == 2 else ("1/1",)
     runs = {
