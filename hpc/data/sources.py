@@ -67,11 +67,6 @@ def read_chunk(chunk: Chunk) -> Iterator[str]:
     return (text for text in texts if text.strip())
 
 
-def read_documents(source: Source) -> Iterator[str]:
-    """Documents of a source in their order, without blank ones."""
-    return (text for chunk in chunks([source]) for text in read_chunk(chunk))
-
-
 def training_texts(found: Sequence[Chunk], held_out_fraction: float, max_bytes: int) -> Iterator[str]:
     """Training documents to learn a vocabulary from: about `max_bytes`, the first ones of every chunk alike."""
     total = sum(chunk.size_bytes for chunk in found)

@@ -6,10 +6,11 @@ python -m tests.data.preparation FOLDER WORKERS SOURCE...     chunks of 100 kB; 
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from hpc.config import Facility, Machine, Prepare, Tracking
+from hpc.config import Facility, Machine, Prepare, Source, Tracking
 from hpc.data import sources
 from hpc.run.directory import StageDirectory
 from hpc.run.task import Context, TaskFile, World
@@ -20,6 +21,11 @@ MACHINE = Machine.model_validate(
     {"memory_gib_per_rank": 1, "peak_flops_per_rank": 1e9, "expected_mfu": 0.1, "source": "none",
      "power": {"cpu_idle_w_per_core": 1, "cpu_busy_w_per_core": 2, "dram_w_per_gib": 0, "source": "none"}}
 )  # fmt: skip
+
+
+def read_documents(source: Source) -> Iterator[str]:
+    """Documents of a source in their order, without blank ones."""
+    return (text for chunk in sources.chunks([source]) for text in sources.read_chunk(chunk))
 
 
 def prepared(folder: Path, workers: int, names: list[str]) -> dict[str, Any]:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from hpc.config import Source
-from hpc.data.sources import held_out, read_documents
+from hpc.data.sources import held_out
 from hpc.data.store import TokenStore, join_stores, write_store
 from hpc.data.tokenizer import end_of_text_id, load_tokenizer, train_tokenizer
 from hpc.errors import DataError
 from hpc.stages.prepare import unigram_loss
+from tests.data.preparation import read_documents
 
 
 def test_tokens_come_back_as_they_were_written(tmp_path: Path) -> None:

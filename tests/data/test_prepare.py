@@ -18,12 +18,12 @@ import pytest
 from hpc.config import Source
 from hpc.data import shards, sources
 from hpc.data.shards import Packing, default_workers, pack
-from hpc.data.sources import chunks, held_out, read_chunk, read_documents, training_texts
+from hpc.data.sources import chunks, held_out, read_chunk, training_texts
 from hpc.data.store import TokenStore
 from hpc.data.tokenizer import load_tokenizer, train_tokenizer
 from hpc.errors import DataError
 from tests.conftest import ROOT
-from tests.data.preparation import prepared
+from tests.data.preparation import prepared, read_documents
 
 WORDS = ("river", "commerce", "congress", "naïve", "treaty", "war", "peace", "harvest", "☃", "union")
 
