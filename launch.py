@@ -2,7 +2,6 @@
 """GreenMoE: one YAML file from raw text to a quantized mixture-of-experts model, with its energy."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ from typing import Any
 import click
 
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
+from slurm.verbs.bench import bench
+from slurm.verbs.devcluster import devcluster
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -275,149 +276,6 @@ def schema() -> None:
     click.echo(json.dumps(json_schema(), indent=1))
 
 
-@main.group()
-def devcluster() -> None:
-    """A real Slurm with several nodes on this machine, for tests and rehearsals.
-
-    \b
-      python launch.py devcluster up
-      eval "$(python launch.py devcluster env)"
-      python launch.py submit configs/quickstart.yaml --site devcluster
-    """
-
-
-BOX = click.option("--box", type=click.Path(path_type=Path), help="Folder of the cluster; one per user by default.")
-
-
-def _cluster(box: Path | None) -> Any:
-    from slurm.devcluster.cluster import Cluster, default_root
-
-    return Cluster.load(box or default_root())
-
-
-@devcluster.command("up")
-@BOX
-@click.option("--nodes", default=4, show_default=True, type=click.IntRange(1, 100))
-@click.option("--cpus", default=4, show_default=True, help="CPUs that each node claims to have.")
-@click.option("--mode", type=click.Choice(["netns", "multi"]), help="netns as root: nodes with a network of their own.")
-@click.option("--accounting", is_flag=True, help="With slurmdbd and MariaDB, so that sacct answers.")
-def devcluster_up(box: Path | None, nodes: int, cpus: int, mode: Any, accounting: bool) -> None:
-    """Start it; a cluster that is there is replaced."""
-    import os
-
-    from slurm.devcluster.cluster import Cluster, default_root
-    from slurm.devcluster.files import Layout
-
-    chosen = mode or ("netns" if os.getuid() == 0 else "multi")
-    cluster = Cluster.up(Layout(str(box or default_root()), chosen, nodes, cpus, accounting=accounting))
-    click.echo(
-        f"{nodes} nodes are up after {cluster.seconds['total']:.1f} s ({chosen}), files in {cluster.layout.path}"
-    )
-    click.echo('next: eval "$(python launch.py devcluster env)"')
-
-
-@devcluster.command("env")
-@BOX
-def devcluster_env(box: Path | None) -> None:
-    """Print what a shell needs to use it: eval "$(python launch.py devcluster env)"."""
-    for name, value in _cluster(box).environment().items():
-        click.echo(f"export {name}={value}")
-
-
-@devcluster.command("status")
-@BOX
-def devcluster_status(box: Path | None) -> None:
-    """Show its nodes."""
-    for name, state in _cluster(box).node_states().items():
-        click.echo(f"{name}: {state}")
-
-
-@devcluster.command("down")
-@BOX
-def devcluster_down(box: Path | None) -> None:
-    """End it and remove its files."""
-    _cluster(box).down()
-
-
-def _node_verb(name: str, text: str) -> None:
-    @devcluster.command(name, help=text)
-    @click.argument("node")
-    @BOX
-    def verb(node: str, box: Path | None) -> None:
-        getattr(_cluster(box), name.replace("-", "_"))(node)
-
-
-_node_verb("kill-node", "Power failure of a node: slurmd and all ranks on it end at once.")
-_node_verb("kill-slurmd", "Kill only the daemon of a node; ranks go on (split brain).")
-_node_verb("start-node", "Switch a node on again.")
-_node_verb("mark-down", "Tell the controller that a node is down, before it notices.")
-
-
-@main.group()
-def bench() -> None:
-    """Measure this software against a limit or a peer, in one run."""
-
-
-@bench.command()
-@click.option("--repeats", default=7, show_default=True, help="Runs of each command; medians are shown.")
-def startup(repeats: int) -> None:
-    """CPU time of --help and plan, against their limits of 0.5 s and 1 s."""
-    from slurm.bench import startup as measure
-
-    click.echo(measure(repeats))
-
-
-@bench.command("data")
-@click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement; there are five per side.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
-def bench_data(seconds: float, as_json: bool) -> None:
-    """Tokens a second of the data loader beside litdata and grain, its part of a training step, and time to seek."""
-    from hpc.bench import data
-
-    found = data.measure(seconds)
-    click.echo(json.dumps(found) if as_json else data.show(found))
-
-
-@bench.command("checkpoint")
-@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Saves of each kind.")
-@click.option(
-    "--folder",
-    type=click.Path(path_type=Path, exists=True, file_okay=False),
-    help="Where checkpoints are written: the file system to measure; a temporary one by default.",
-)
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
-    """How long training stands still for a checkpoint: in the background against synchronously. Takes a minute."""
-    from hpc.bench.checkpoint import measure, show
-
-    figures = measure(rounds, folder)
-    click.echo(show(figures))
-    if as_json:
-        click.echo(json.dumps(figures))
-
-
-@bench.command("train")
-@click.option("--ranks", default=1, show_default=True, help="Processes of each side, one thread each.")
-@click.option("--quick", is_flag=True, help="Half the tokens, 8 and 32 experts only.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="CPU seconds on a machine that others use.",
-)
-def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
-    """Our engine against other trainers in turns, and our expert layer against the dense-GEMM limit."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    from hpc.bench.train import bench as measure
-    from slurm.submit import RANK_ENVIRONMENT
-
-    told = measure(RANK_ENVIRONMENT, ranks, quick, clock, click.echo)
-    if as_json:
-        click.echo(json.dumps(told))
-
-
 def _confirm(question: str) -> bool:
     from hpc.errors import ConfigError
 
@@ -449,6 +307,9 @@ def _load(
     place = load_site(site, site_overrides)
     return loaded, place, make_plan(loaded, place.machine)
 
+
+main.add_command(devcluster)
+main.add_command(bench)
 
 if __name__ == "__main__":
     sys.exit(main())

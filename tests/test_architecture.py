@@ -49,7 +49,8 @@ MAY_IMPORT = {
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages", "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages",
+        "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""

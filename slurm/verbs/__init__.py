@@ -1,0 +1,1 @@
+"""Groups of verbs that launch.py takes in: options and lazy imports, no logic."""

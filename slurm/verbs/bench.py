@@ -1,0 +1,73 @@
+"""The verbs of `launch.py bench`. `--json` prints one JSON object as the last line."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+@click.group()
+def bench() -> None:
+    """Measure this software against a limit or a peer, in one run."""
+
+
+@bench.command()
+@click.option("--repeats", default=7, show_default=True, help="Runs of each command; medians are shown.")
+def startup(repeats: int) -> None:
+    """CPU time of --help and plan, against their limits of 0.5 s and 1 s."""
+    from slurm.bench import startup as measure
+
+    click.echo(measure(repeats))
+
+
+@bench.command("data")
+@click.option("--seconds", default=1.0, show_default=True, help="Length of each measurement; there are five per side.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
+def bench_data(seconds: float, as_json: bool) -> None:
+    """Tokens a second of the data loader beside litdata and grain, its part of a training step, and time to seek."""
+    from hpc.bench import data
+
+    found = data.measure(seconds)
+    click.echo(json.dumps(found) if as_json else data.show(found))
+
+
+@bench.command("checkpoint")
+@click.option("--rounds", default=4, show_default=True, type=click.IntRange(1), help="Saves of each kind.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where checkpoints are written: the file system to measure; a temporary one by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
+    """How long training stands still for a checkpoint: in the background against synchronously. Takes a minute."""
+    from hpc.bench.checkpoint import measure, show
+
+    figures = measure(rounds, folder)
+    click.echo(show(figures))
+    if as_json:
+        click.echo(json.dumps(figures))
+
+
+@bench.command("train")
+@click.option("--ranks", default=1, show_default=True, help="Processes of each side, one thread each.")
+@click.option("--quick", is_flag=True, help="Half the tokens, 8 and 32 experts only.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="CPU seconds on a machine that others use.",
+)
+def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
+    """Our engine against other trainers in turns, and our expert layer against the dense-GEMM limit."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from hpc.bench.train import bench as measure
+    from slurm.submit import RANK_ENVIRONMENT
+
+    told = measure(RANK_ENVIRONMENT, ranks, quick, clock, click.echo)
+    if as_json:
+        click.echo(json.dumps(told))
