@@ -34,6 +34,13 @@ def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int) -> Peft
     return adapted
 
 
+def base_name(name: str) -> str | None:
+    """The name that a parameter of an adapted model has in its base; None for an adapter's own."""
+    if ".lora_" in name:
+        return None
+    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+
 def trainable_parameters(model: torch.nn.Module) -> int:
     """Parameters that training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV3Config,
     MixtralConfig,
@@ -13,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Qwen3MoeConfig,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hpc.config import Model, Router
@@ -89,6 +91,20 @@ def build_model(config: PretrainedConfig, seed: int, initialization: str = "norm
     return model
 
 
+def empty_model(config: PretrainedConfig) -> PreTrainedModel:
+    """A model in fp32 whose weights are about to be filled in: memory is reserved and not touched."""
+    with no_init_weights():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.tie_weights()
+    return model
+
+
+def load_config(folder: Path) -> PretrainedConfig:
+    """The transformers configuration of a folder. Code that a folder brings along is never run."""
+    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    return config
+
+
 def load_model(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load a saved model. Raises ArtifactError when a tensor is missing or left over: none may stay random."""
     pair: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
@@ -107,8 +123,12 @@ def save_model(config: PretrainedConfig, state: dict[str, torch.Tensor], folder:
     `state` must name exactly the parameters of the architecture: strict loading proves that none is missing. The files
     are read back: raises ArtifactError when an expert in them is not the one in `state`.
     """
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(state, strict=True)
+    model = empty_model(config)
+    problems = model.load_state_dict(state, strict=False)
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    missing = [name for name in problems.missing_keys if name not in tied]
+    if missing or problems.unexpected_keys:
+        raise ArtifactError(f"weights and configuration do not fit: {[*missing, *problems.unexpected_keys][0]}")
     model.save_pretrained(folder)
     digests = verify_model(folder, state)
     groups = census(state)
@@ -132,7 +152,7 @@ def tensor_group(name: str) -> str:
     """Which part of the model a parameter belongs to, from its transformers name."""
     if ".experts." in name:
         return "experts"
-    if ".shared_experts." in name or ".mlp.down_proj" in name or ".mlp.up_proj" in name or ".mlp.gate_proj" in name:
+    if ".shared_expert" in name or ".mlp.down_proj" in name or ".mlp.up_proj" in name or ".mlp.gate_proj" in name:
         return "shared experts and dense layers"
     if ".mlp.gate." in name:
         return "router"

@@ -37,8 +37,12 @@ from hpc.train.fragments import (
     WEIGHT,
     ExpertPlace,
     Fragment,
+    Rename,
+    Source,
     copy_fragments,
     count_bytes,
+    fill_weights,
+    frozen_fragments,
     read_fragments,
     write_fragments,
     zero_fragments,
@@ -76,8 +80,8 @@ def start_process_group(world: World, device: str, timeout_s: float = GROUP_TIME
     )
 
 
-PRESETS = {"olmoe": "qwen3_moe"}
-"""transformers model type -> the layer shape that AutoEP knows, where its name differs: OLMoE's is Qwen3-MoE's."""
+PRESETS = {"olmoe": "qwen3_moe", "qwen2_moe": "qwen3_moe"}
+"""transformers model type -> the layer shape that AutoEP knows, where its name differs: all have Qwen3-MoE's."""
 
 
 def needs_autoep(settings: TrainingBase) -> bool:
@@ -128,13 +132,13 @@ class Engine:
         check_available(settings.expert_compute, device, precision)
         if self._autoep:
             apply_autoep_shim()
-        model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
+        self._model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         prepare_blocks(model, settings)
         self._engine, *_ = deepspeed.initialize(
             model=model,
             model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
             optimizer=lambda _: self._optimizer(model),
-            config=deepspeed_config(settings, precision, model_type, device),
+            config=deepspeed_config(settings, precision, self._model_type, device),
         )
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)
@@ -260,6 +264,22 @@ class Engine:
         for state in optimizer.optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.tensor(float(step))  # one for each: a shared one would advance once per group
+        self._use_masters()
+        self._engine.global_steps, self._engine.skipped_steps = step, 0
+        self._engine.micro_steps = step * self.settings.gradient_accumulation_steps
+
+    def fill(self, source: Source, rename: Rename = str) -> None:
+        """Take all weights from a checkpoint of another program, each rank the elements that it owns. Collective.
+
+        rename: from a name here to that of the source; None for what stays as it is. Raises ArtifactError when the
+        source lacks an element of this model.
+        """
+        fill_weights(source, [*frozen_fragments(self.module, self.place), *self._fragments()], rename)
+        self._use_masters()
+
+    def _use_masters(self) -> None:
+        """Compute with what the optimizer holds from now on. Collective."""
+        optimizer = self._engine.optimizer
         if self.settings.parallel.zero_stage == 3:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -268,8 +288,6 @@ class Engine:
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         else:
             optimizer.update_lp_params()
-        self._engine.global_steps, self._engine.skipped_steps = step, 0
-        self._engine.micro_steps = step * self.settings.gradient_accumulation_steps
 
     @property
     def place(self) -> ExpertPlace:
@@ -301,8 +319,14 @@ class Engine:
             elif name.endswith(".experts.w2"):
                 state[name[:-2] + "down_proj"] = self._gather_experts(value)
             else:
-                state[name.replace(".mlp.router.gate.", ".mlp.gate.")] = value.cpu()
+                state[self._transformers_name(name)] = value.cpu()
         return state
+
+    def _transformers_name(self, name: str) -> str:
+        name = name.replace(".mlp.router.gate.", ".mlp.gate.")
+        if self._model_type == "qwen2_moe":
+            name = name.replace(".mlp.shared_experts", ".mlp.shared_expert")
+        return name
 
     def _full_value(self, parameter: nn.Parameter) -> Tensor:
         if self.precision == "fp32" and self.settings.parallel.zero_stage < 3:

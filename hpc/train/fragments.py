@@ -12,10 +12,10 @@ Logical names are those of expert parallelism: an expert's gate, up and down mat
 
 import bisect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import safe_open
@@ -48,9 +48,19 @@ class Fragment:
         return self.values[WEIGHT].numel()
 
 
+LOGICAL = (
+    (".mlp.router.gate.", ".mlp.gate."),
+    (".experts.down_proj", ".experts.w2"),
+    (".mlp.shared_expert.", ".mlp.shared_experts."),  # Qwen2-MoE has one, and AutoEP's name for it is DeepSeek's
+    (".mlp.shared_expert_gate.", ".mlp.shared_experts_gate."),
+)
+
+
 def logical_name(name: str) -> str:
     """The name of a parameter that does not depend on the layout."""
-    return name.replace(".mlp.router.gate.", ".mlp.gate.").replace(".experts.down_proj", ".experts.w2")
+    for theirs, ours in LOGICAL:
+        name = name.replace(theirs, ours)
+    return name
 
 
 def logical_ranges(name: str, shape: tuple[int, ...], start: int, size: int) -> Iterator[tuple[str, int, int, int]]:
@@ -174,6 +184,48 @@ class _Stored:
             target[position - start : position - start + taken].copy_(piece)
             position += taken
             index += 1
+
+
+Rename = Callable[[str], str | None]
+"""From a parameter's name to that in a source of weights; None for what no source has, such as new adapters."""
+
+
+class Source(Protocol):
+    """Weights that can be read range by range, by logical name."""
+
+    def fill(self, name: str, start: int, target: Tensor) -> None:
+        """Copy elements start .. start + len(target) of a parameter into the flat `target`. Raises ArtifactError."""
+        ...
+
+
+def fill_weights(source: Source, fragments: list[Fragment], rename: Rename) -> None:
+    """Take the weights of fragments from elsewhere; optimizer moments stay as they are. Raises ArtifactError."""
+    for fragment in fragments:
+        known_as = rename(fragment.name)
+        if known_as is None:
+            continue
+        for name, start, offset, size in logical_ranges(known_as, fragment.shape, fragment.start, fragment.size):
+            source.fill(name, start, fragment.values[WEIGHT][offset : offset + size])
+
+
+def frozen_fragments(module: torch.nn.Module, experts: "ExpertPlace") -> list[Fragment]:
+    """What this rank holds of parameters that are not trained: all of them under ZeRO 1 and 2, its part under ZeRO 3."""
+    found = []
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            continue
+        part: Any = parameter
+        if not hasattr(part, "ds_tensor"):
+            shape, first = experts.whole(name, tuple(parameter.shape))
+            found.append(Fragment(name, shape, first, {WEIGHT: parameter.data.view(-1)}))
+            continue
+        size = part.ds_tensor.ds_numel
+        start = size * torch.distributed.get_rank(part.ds_process_group)
+        owned = min(size, part.ds_numel - start)
+        if owned > 0:
+            shape, first = experts.whole(name, tuple(part.ds_shape))
+            found.append(Fragment(name, shape, first + start, {WEIGHT: part.ds_tensor.data.narrow(0, 0, owned)}))
+    return found
 
 
 def zero_fragments(module: torch.nn.Module, optimizer: Any, stage: int, experts: "ExpertPlace") -> list[Fragment]:

@@ -1,0 +1,133 @@
+"""Dense to sparse: a transformer whose feed-forward blocks become experts that together compute the same (upcycling).
+
+Copies of the whole block (arXiv:2212.05055), or of its parts: cut into G parts of the width, a token that takes one copy
+of each part and weights them equally gets the block's output over G, so down projections are scaled by G
+(arXiv:2410.07524, section 3). One row of the router, shared by the copies of a virtual group, sends it to all of them.
+S shared parts are one SwiGLU that all tokens use (Qwen1.5-MoE); its gate starts at sigmoid(0) = 1/2, its down
+projection at twice.
+
+Layer by layer from file to file: memory does not grow with the model.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hpc.config.reuse import Upcycle
+from hpc.errors import DataError
+from hpc.reuse.stored import StoredModel
+from hpc.run.directory import write_json
+
+SPARSE = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
+"""Dense architecture -> the sparse one with the same attention and norms."""
+SHARED = {"llama": "qwen2_moe", "mistral": "qwen2_moe", "qwen2": "qwen2_moe"}
+"""The same with a shared expert."""
+CLASSES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Expert:
+    """An expert's matrices: gate (I, H), up (I, H), down (H, I)."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+
+def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:
+    """config.json of the sparse model. Raises DataError for an architecture that has no sparse sister."""
+    kind, table = str(config.get("model_type")), SHARED if wanted.shared else SPARSE
+    target = table.get(kind)
+    if target is None:
+        raise DataError(f"upcycle: {kind} has no sparse counterpart here; known are {', '.join(sorted(table))}")
+    width = int(config["intermediate_size"])
+    if width % wanted.granularity:
+        raise DataError(f"upcycle.granularity = {wanted.granularity} does not divide intermediate_size {width}")
+    if config.get("mlp_bias") or (config.get("attention_bias") and target != "qwen2_moe"):
+        raise DataError(f"upcycle: this {kind} has biases, for which {target} has no place")
+    if config.get("use_sliding_window") or (kind == "mistral" and config.get("sliding_window")):
+        raise DataError("upcycle: the model attends in a sliding window, which its sparse counterpart would lose")
+    size = width // wanted.granularity
+    made = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
+    made |= {
+        "model_type": target, "architectures": [CLASSES[target]], "num_experts_per_tok": wanted.top_k,
+        "norm_topk_prob": True, "output_router_logits": False,
+    }  # fmt: skip
+    if target == "mixtral":
+        return made | {"num_local_experts": wanted.num_experts, "intermediate_size": size, "sliding_window": None}
+    made |= {"num_experts": wanted.num_experts, "moe_intermediate_size": size, "decoder_sparse_step": 1}
+    made |= {"mlp_only_layers": []}
+    if target == "qwen2_moe":
+        made |= {"shared_expert_intermediate_size": size * max(1, wanted.shared), "qkv_bias": kind == "qwen2"}
+        made |= {"use_sliding_window": False, "layer_types": ["full_attention"] * int(config["num_hidden_layers"])}
+    return made
+
+
+def upcycle(source: StoredModel, wanted: Upcycle, folder: Path, seed: int) -> None:
+    """Write the sparse model of a dense checkpoint into `folder`: config.json, one safetensors file per layer, index."""
+    config = sparse_config(source.config, wanted)
+    layers = int(config["num_hidden_layers"])
+    weight_map: dict[str, str] = {}
+    total = 0
+    random = torch.Generator().manual_seed(seed)
+    for number in range(layers + 1):
+        part = f".layers.{number}."
+        names = [name for name in source.shapes if (part in name if number < layers else ".layers." not in name)]
+        tensors = {name: source.tensor(name) for name in names}
+        if number < layers:
+            tensors = dict(_sparse_layer(tensors, config, wanted, random))
+        file = f"model-{number + 1:05d}-of-{layers + 1:05d}.safetensors"
+        contiguous = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(contiguous, folder / file, {"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def _sparse_layer(
+    dense: dict[str, Tensor], config: dict[str, Any], wanted: Upcycle, random: torch.Generator
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of one layer under the names of the sparse architecture's files."""
+    mlp = {name.split(".")[-2]: tensor for name, tensor in dense.items() if ".mlp." in name}
+    prefix = next(name for name in dense if ".mlp." in name).split(".mlp.")[0]
+    yield from ((name, tensor) for name, tensor in dense.items() if ".mlp." not in name)
+    parts, hidden = wanted.granularity, mlp["down_proj"].shape[0]
+    size = mlp["gate_proj"].shape[0] // parts
+    is_mixtral = config["model_type"] == "mixtral"
+    block = f"{prefix}.{'block_sparse_moe' if is_mixtral else 'mlp'}"
+    shared, routed = wanted.shared, wanted.routed_parts
+    if config["model_type"] == "qwen2_moe":
+        kept = slice(0, shared * size) if shared else slice(0, size)
+        scale = 2.0 if shared else 0.0
+        yield f"{block}.shared_expert.gate_proj.weight", mlp["gate_proj"][kept]
+        yield f"{block}.shared_expert.up_proj.weight", mlp["up_proj"][kept]
+        yield f"{block}.shared_expert.down_proj.weight", mlp["down_proj"][:, kept] * scale
+        yield f"{block}.shared_expert_gate.weight", torch.zeros(1, hidden, dtype=mlp["gate_proj"].dtype)
+    names = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"} if is_mixtral else {name: name for name in MLP}
+    for expert in range(wanted.num_experts):
+        at = shared + expert % routed
+        rows = slice(at * size, (at + 1) * size)
+        matrices = {
+            "gate_proj": mlp["gate_proj"][rows],
+            "up_proj": mlp["up_proj"][rows],
+            "down_proj": mlp["down_proj"][:, rows] * routed,
+        }
+        for name, matrix in matrices.items():
+            yield f"{block}.experts.{expert}.{names[name]}.weight", _with_noise(matrix, wanted.noise, random)
+    groups = torch.randn(wanted.num_experts // routed, hidden, generator=random) * wanted.router_std
+    yield f"{block}.gate.weight", groups.repeat_interleave(routed, 0).to(mlp["gate_proj"].dtype)
+
+
+def _with_noise(matrix: Tensor, noise: float, random: torch.Generator) -> Tensor:
+    if not noise:
+        return matrix
+    spread = float(matrix.float().std()) * noise
+    return (matrix.float() + spread * torch.randn(matrix.shape, generator=random)).to(matrix.dtype)
