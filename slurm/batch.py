@@ -30,6 +30,7 @@ from hpc.run.task import asked, asked_to_learn
 from slurm import commands
 from slurm.chain import stage_plan, task_file
 from slurm.commands import QueuedJob
+from slurm.fetch import fetch_sources
 from slurm.jobs import JobSpec, check_path, group, make_spec
 from slurm.site import Scheduler, Site
 from slurm.snapshot import snapshot
@@ -83,6 +84,7 @@ def submit_chain(
         if question and confirm is not None and not confirm(question):
             raise ConfigError("not submitted: the cost was not confirmed")
         _write_run(run, config, site, plan)
+        fetch_sources(run, config)
         code = snapshot(run)
         new: dict[str, str] = {}
         for members in group(config, wanted):

@@ -25,6 +25,7 @@ from hpc.run.directory import (
 )
 from hpc.run.receipt import read_receipt
 from hpc.run.task import TaskFile
+from slurm.fetch import fetch_sources
 from slurm.live import View, result_words
 from slurm.site import Site
 from slurm.state import Decision, decide, input_digests, missed_gate
@@ -46,6 +47,7 @@ def run_chain(config: RunConfig, site: Site, plan: Plan) -> RunDirectory:
     with exclusive(run.lock, f"the run directory {run.root}"):
         write_atomic(run.config, yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
         write_json(run.plan, plan.to_json())
+        fetch_sources(run, config)
         with View([stage.name for stage in config.ordered()]) as view, _stop_requests() as stop:
             for stage in config.ordered():
                 held_up = [need for need in stage.needs if need in missed]

@@ -12,22 +12,26 @@ from hpc.errors import ArtifactError
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+DENSE = ["gate_proj", "up_proj", "down_proj"]
+"""Feed-forward matrices of a model without experts."""
 
 
 def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int) -> PeftModel:
     """Freeze the model and add adapters that change nothing yet (B = 0). Raises ArtifactError if a target is absent."""
     torch.manual_seed(seed)
+    has_experts = any(".experts." in name for name, _ in model.named_parameters())
+    feed_forward = DENSE if settings.experts and not has_experts else []
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules=ATTENTION if settings.attention else [],
-        target_parameters=EXPERTS if settings.experts else None,
+        target_modules=[*(ATTENTION if settings.attention else []), *feed_forward],
+        target_parameters=EXPERTS if settings.experts and has_experts else None,
         task_type="CAUSAL_LM",
     )
     adapted = get_peft_model(model, config)
     trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    for wanted, part in ((settings.attention, "self_attn"), (settings.experts, "experts")):
+    for wanted, part in ((settings.attention, "self_attn"), (settings.experts, "experts" if has_experts else ".mlp.")):
         if wanted and not any(part in name for name in trained):
             raise ArtifactError(f"no adapter could be attached to {part}: the model's architecture has other names")
     assert isinstance(adapted, PeftModel)

@@ -1,13 +1,28 @@
 """What a user may ask for: classes with a docstring under each field, loaded from YAML. Imports nothing heavy."""
 
 from hpc.config.machine import Facility, Machine, PowerModel
-from hpc.config.model import LatentAttention, Model, Router
+from hpc.config.model import Balance, LatentAttention, Model, Router
+from hpc.config.reuse import Init, Upcycle
 from hpc.config.run import RunConfig, Tracking
-from hpc.config.stages import Artifact, Evaluate, Lora, Merge, Prepare, Pretrain, Quantize, Report, Source, Stage
-from hpc.config.train import AdapterTraining, Health, Optimizer, Parallel, Schedule, Training, TrainingBase
+from hpc.config.stages import (
+    Artifact,
+    Evaluate,
+    Finetune,
+    Lora,
+    Merge,
+    Prepare,
+    Pretrain,
+    Quantize,
+    Report,
+    Reuse,
+    Source,
+    Stage,
+)  # fmt: skip
+from hpc.config.train import AdapterTraining, Finetuning, Health, Optimizer, Parallel, Schedule, Training, TrainingBase
 
 __all__ = [
-    "AdapterTraining", "Artifact", "Evaluate", "Facility", "Health", "LatentAttention", "Lora", "Machine", "Merge",
-    "Model", "Optimizer", "Parallel", "PowerModel", "Prepare", "Pretrain", "Quantize", "Report", "Router", "RunConfig",
-    "Schedule", "Source", "Stage", "Tracking", "Training", "TrainingBase",
+    "AdapterTraining", "Artifact", "Balance", "Evaluate", "Facility", "Finetune", "Finetuning", "Health", "Init",
+    "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel", "Prepare",
+    "Pretrain", "Quantize", "Report", "Reuse", "Router", "RunConfig", "Schedule", "Source", "Stage", "Tracking",
+    "Training", "TrainingBase", "Upcycle",
 ]  # fmt: skip

@@ -270,6 +270,10 @@ def _resolve_paths(document: Document, folder: Path) -> None:
         if isinstance(tokenizer, dict) and isinstance(tokenizer.get("path"), str):
             place = document.place(("stages", index, "tokenizer", "path"))
             tokenizer["path"] = str(_beside(place, folder) / tokenizer["path"])
+        init = stage.get("init")
+        if isinstance(init, dict) and isinstance(init.get("from"), str):
+            place = document.place(("stages", index, "init", "from"))
+            init["from"] = _checkpoint(init["from"], place, folder)
         sources = stage.get("sources")
         for number, source in enumerate(sources if isinstance(sources, list) else []):
             if not isinstance(source, dict) or source.get("package") or not isinstance(source.get("files"), list):
@@ -283,6 +287,16 @@ def _resolve_paths(document: Document, folder: Path) -> None:
                 if "\0" in full or not (glob.has_magic(full) or Path(full).exists()):
                     raise DataError(f"{place}: {_dotted(path)}: there is no file {name!r}: check the path")
                 source["files"][position] = full
+
+
+def _checkpoint(name: str, place: Place, folder: Path) -> str:
+    """A path as an absolute one; the id of a Hub model, or a package's file, as it is."""
+    path = _beside(place, folder) / Path(name).expanduser()
+    if path.exists():
+        return str(path)
+    if name.startswith("pypi:") or re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        return name
+    raise DataError(f"{place}: init.from: there is no {name!r}: name a folder, a .gguf file, or an id like owner/name")
 
 
 def _beside(place: Place, folder: Path) -> Path:

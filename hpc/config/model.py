@@ -138,18 +138,12 @@ class Model(Frozen):
         return self.dense_size or self.expert_size * (router.top_k + router.num_shared_experts)
 
 
-class Router(Frozen):
-    """How one MoE layer assigns tokens to experts: scores in fp32, top-k choice, no token ever dropped.
+class Balance(Frozen):
+    """What keeps the load of experts even while a model trains.
 
-    Source: Shazeer et al. 2017 (arXiv:1701.06538); auxiliary loss as in Switch Transformer (arXiv:2101.03961, eq. 4);
-    balancing by a bias as in Wang et al. 2024 (arXiv:2408.15664).
+    Source: auxiliary loss as in Switch Transformer (arXiv:2101.03961, eq. 4); a bias as in Wang et al. 2024
+    (arXiv:2408.15664).
     """
-
-    num_experts: PositiveInt
-    """Routed experts in each layer, counted over all ranks."""
-
-    top_k: PositiveInt = 2
-    """Experts per token. Active FLOPs and all-to-all bytes both grow with it."""
 
     aux_loss: NonNegativeFloat = 0.01
     """Weight of the load-balancing loss, computed per layer and averaged over layers; 0 turns it off. Counts are taken
@@ -166,6 +160,19 @@ class Router(Frozen):
 
     z_loss: NonNegativeFloat = 0.0
     """Weight of the router z-loss (ST-MoE, arXiv:2202.08906), averaged over layers; 0.001 is usual, 0 turns it off."""
+
+
+class Router(Balance):
+    """How one MoE layer assigns tokens to experts: scores in fp32, top-k choice, no token ever dropped.
+
+    Source: Shazeer et al. 2017 (arXiv:1701.06538).
+    """
+
+    num_experts: PositiveInt
+    """Routed experts in each layer, counted over all ranks."""
+
+    top_k: PositiveInt = 2
+    """Experts per token. Active FLOPs and all-to-all bytes both grow with it."""
 
     num_shared_experts: NonNegativeInt = 0
     """Experts that every token uses, beside the routed ones, as one SwiGLU of this many times expert_size

@@ -1,5 +1,6 @@
 """A run: one YAML file, a chain of named stages. The chain is checked here, when it is loaded."""
 
+import re
 from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, Self
@@ -9,7 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
-from hpc.config.stages import Artifact, Lora, Pretrain, Stage
+from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Stage
 
 
 class Tracking(Frozen):
@@ -46,6 +47,15 @@ class RunConfig(Frozen):
 
     stages: list[Stage] = Field(min_length=1)
     """The chain. Stages run as soon as what they need is there; order in the file does not matter."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reuse_what_stages_start_from(cls, values: Any) -> Any:
+        """A training stage with `init` needs a reuse stage, one for each checkpoint."""
+        stages = values.get("stages") if isinstance(values, dict) else None
+        if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+            return values
+        return {**values, "stages": with_reuse(stages)}
 
     @model_validator(mode="before")
     @classmethod
@@ -86,7 +96,7 @@ class RunConfig(Frozen):
                         f"it does not need{nearest(gate.stage, stage.needs)}"
                     )
             _check_inputs(f"stages[{index}] {stage.name!r}", stage, {s.name: s.produces for s in self.stages})
-            if isinstance(stage, (Pretrain, Lora)):
+            if isinstance(stage, (Pretrain, Finetune, Lora)):
                 texts = [need.name for need in self.needed(stage, ["tokens"])]
                 _check_mixture(f"stages[{index}] {stage.name!r}", stage.train.mixture, texts)
         return self
@@ -107,6 +117,29 @@ class RunConfig(Frozen):
         """The stages that `stage` needs and that produce one of the named artifacts, in the order of `needs`."""
         wanted = tuple(produces)
         return [self.stage(need) for need in stage.needs if self.stage(need).produces in wanted]
+
+
+def with_reuse(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Stages with a `reuse` stage before the first that starts from a checkpoint by `init`, named init-CHECKPOINT."""
+    names = {str(stage.get("name")) for stage in stages}
+    made: dict[str, str] = {}
+    found: list[dict[str, Any]] = []
+    for stage in stages:
+        init = stage.get("init")
+        if stage.get("kind") == "reuse" or not isinstance(init, dict) or not isinstance(init.get("from"), str):
+            found.append(stage)
+            continue
+        key = repr(sorted(init.items()))
+        if key not in made:
+            word = re.sub(r"[^a-z0-9._-]+", "-", init["from"].rstrip("/").split("/")[-1].lower().removesuffix(".gguf"))
+            name = f"init-{word.strip('-._') or 'model'}"[:60]
+            number = sum(other == name or other.startswith(f"{name}-") for other in made.values())
+            made[key] = f"{name}-{number + 1}" if number else name
+            if made[key] not in names:
+                found.append({"name": made[key], "kind": "reuse", "init": init})
+        needs = stage.get("needs") or []
+        found.append(stage if made[key] in needs else {**stage, "needs": [made[key], *needs]})
+    return found
 
 
 def _check_inputs(where: str, stage: Stage, produces: dict[str, Artifact]) -> None:

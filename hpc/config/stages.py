@@ -6,7 +6,8 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
-from hpc.config.train import AdapterTraining, Training
+from hpc.config.reuse import Init, Upcycle
+from hpc.config.train import AdapterTraining, Finetuning, Training
 
 Artifact = Literal["tokens", "model", "adapter", "quantized", "metrics", "page"]
 """What a stage leaves behind for others; the chain is checked with it when it is loaded."""
@@ -118,14 +119,14 @@ class Prepare(Task):
     kind: Literal["prepare"]
     """Stage kind."""
     produces: ClassVar[Artifact] = "tokens"
-    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model")
 
     sources: list[Source] = Field(min_length=1)
     """Where the text comes from."""
 
     tokenizer: Tokenizer | None = None
-    """How text becomes tokens: a new vocabulary when left out. A stage that needs another `prepare` stage uses that
-    one's tokenizer and takes none here."""
+    """How text becomes tokens: a new vocabulary when left out. A stage that needs another `prepare` stage, or a model,
+    uses that one's tokenizer and takes none here."""
 
     held_out_fraction: float = Field(default=0.05, gt=0, lt=0.5)
     """Part of the documents kept for evaluation, chosen by hash: the same text is always on the same side."""
@@ -154,6 +155,48 @@ class Pretrain(Task):
     """Model, routing, parallelism, optimizer, schedule."""
 
 
+class Reuse(Task):
+    """A model that exists, brought into the chain: checked tensor by tensor, with its tokenizer; made sparse on demand.
+
+    `init` on a training stage writes this stage by itself. Nothing is downloaded on a compute node.
+    """
+
+    kind: Literal["reuse"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "model"
+    accepts: ClassVar[tuple[Artifact, ...]] = ("model",)
+
+    init: Init | None = None
+    """Where the model is; left out when the stage needs one that makes a model."""
+
+    upcycle: Upcycle | None = None
+    """How a dense model becomes a mixture of experts."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.init is None) != bool(self.needs) or len(self.needs) > 1:
+            raise ValueError("a model comes from init or from one needed stage: give exactly one of the two")
+        if self.needs and self.upcycle is None:
+            raise ValueError(f"the stage would only copy {self.needs[0]!r}: add upcycle, or drop the stage")
+        return self
+
+
+class Finetune(Task):
+    """All weights of a model trained further: on more text, after upcycling, or for a task."""
+
+    kind: Literal["finetune"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "model"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("tokens",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
+
+    init: Init | None = None
+    """A model to start from, in place of a needed stage that makes one."""
+
+    train: Finetuning
+    """Balance, parallelism, optimizer, schedule."""
+
+
 class Lora(Task):
     """Low-rank adapters on a model's attention and experts, for one task (peft)."""
 
@@ -162,6 +205,9 @@ class Lora(Task):
     produces: ClassVar[Artifact] = "adapter"
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("tokens",))
     accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
+
+    init: Init | None = None
+    """A model to start from, in place of a needed stage that makes one."""
 
     train: AdapterTraining
     """Adapters, parallelism, optimizer, schedule."""
@@ -206,6 +252,9 @@ class Evaluate(Task):
     tokens: PositiveInt | None = None
     """Held-out tokens per token set; all of them when left out."""
 
+    seq_len: PositiveInt | None = None
+    """Tokens of a window, the longest context that a prediction sees; the model's own, at most 1,024, when left out."""
+
     prompts: list[str] = ["The people of the United States"]
     """Beginnings that every model continues, for a person to read."""
 
@@ -222,5 +271,7 @@ class Report(Task):
     accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model", "adapter", "quantized", "metrics")
 
 
-Stage = Annotated[Prepare | Pretrain | Lora | Merge | Quantize | Evaluate | Report, Field(discriminator="kind")]
+Stage = Annotated[
+    Prepare | Reuse | Pretrain | Finetune | Lora | Merge | Quantize | Evaluate | Report, Field(discriminator="kind")
+]
 """Any stage; `kind` says which."""

@@ -14,7 +14,7 @@ from pydantic import (
 
 from hpc.config.base import Frozen
 from hpc.config.mixture import mixture_parts
-from hpc.config.model import Model, Router
+from hpc.config.model import Balance, Model, Router
 
 
 class Parallel(Frozen):
@@ -333,6 +333,13 @@ class Training(TrainingBase):
         return self
 
 
+class Finetuning(TrainingBase):
+    """Training all weights of a model that exists: continued pretraining, upcycling, or a task."""
+
+    balance: Balance = Balance()
+    """What keeps the load of its experts even; nothing to a dense model."""
+
+
 class AdapterTraining(TrainingBase):
     """Fine-tuning low-rank adapters on a frozen model (LoRA, arXiv:2106.09685)."""
 
@@ -346,7 +353,7 @@ class AdapterTraining(TrainingBase):
     """Adapt the query, key, value and output projections."""
 
     experts: bool = True
-    """Adapt the experts' matrices (all of them)."""
+    """Adapt the experts' matrices (all of them), or the feed-forward matrices of a dense model."""
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:

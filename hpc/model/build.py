@@ -137,6 +137,10 @@ def save_model(config: PretrainedConfig, state: dict[str, torch.Tensor], folder:
     return groups
 
 
+FEED_FORWARD = "shared experts and dense layers"
+"""The group of feed-forward matrices that every token uses."""
+
+
 def census(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     """Tensors and parameters by group: experts, router, attention, embedding and head, norms."""
     groups: dict[str, dict[str, Any]] = {}
@@ -153,7 +157,7 @@ def tensor_group(name: str) -> str:
     if ".experts." in name:
         return "experts"
     if ".shared_expert" in name or ".mlp.down_proj" in name or ".mlp.up_proj" in name or ".mlp.gate_proj" in name:
-        return "shared experts and dense layers"
+        return FEED_FORWARD
     if ".mlp.gate." in name:
         return "router"
     if "norm" in name:

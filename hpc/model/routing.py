@@ -73,6 +73,8 @@ class RouterProbe:
         """
         logits, chosen = [layer.float() for layer in self._logits], self._chosen
         self.discard()
+        if not self.routers:  # a dense model
+            return Heard(torch.zeros(()), torch.zeros(()), torch.zeros(0, 0))
         experts = logits[0].shape[-1]
         counts_LE = torch.stack([torch.bincount(layer.flatten(), minlength=experts) for layer in chosen]).float()
         if dist.is_initialized():

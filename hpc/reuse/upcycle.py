@@ -1,7 +1,7 @@
-"""Dense to sparse: a transformer whose feed-forward blocks become experts that together compute the same (upcycling).
+"""Dense to sparse: feed-forward blocks become experts that together compute the same (upcycling).
 
-Copies of the whole block (arXiv:2212.05055), or of its parts: cut into G parts of the width, a token that takes one copy
-of each part and weights them equally gets the block's output over G, so down projections are scaled by G
+Copies of the whole block (arXiv:2212.05055), or of its parts: cut into G parts of the width, a token that takes one
+copy of each part and weights them equally gets the block's output over G, so down projections are scaled by G
 (arXiv:2410.07524, section 3). One row of the router, shared by the copies of a virtual group, sends it to all of them.
 S shared parts are one SwiGLU that all tokens use (Qwen1.5-MoE); its gate starts at sigmoid(0) = 1/2, its down
 projection at twice.
@@ -71,7 +71,7 @@ def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:
 
 
 def upcycle(source: StoredModel, wanted: Upcycle, folder: Path, seed: int) -> None:
-    """Write the sparse model of a dense checkpoint into `folder`: config.json, one safetensors file per layer, index."""
+    """Write the sparse model of a dense checkpoint: config.json, one safetensors file per layer, the index."""
     config = sparse_config(source.config, wanted)
     layers = int(config["num_hidden_layers"])
     weight_map: dict[str, str] = {}

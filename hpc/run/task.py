@@ -58,10 +58,14 @@ class TaskFile(Frozen):
         return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
 
 
+SEEDED = ("pretrain", "finetune", "lora", "evaluate", "reuse")
+"""Kinds of stages whose result depends on the seed of the run."""
+
+
 def asked(stage: Stage, seed: int) -> dict[str, Any]:
     """What a stage's result depends on besides its inputs: its configuration, and the seed where one is used."""
     config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs", "gate", "resources", "array", "workers"})
-    return {**config, "seed": seed} if stage.kind in ("pretrain", "lora", "evaluate") else config
+    return {**config, "seed": seed} if stage.kind in SEEDED else config
 
 
 LAYOUT = {"parallel", "precision", "expert_compute", "attention_kernel", "recompute", "compile",

@@ -66,14 +66,16 @@ def compare(source: PreTrainedModel, quantized: PreTrainedModel, ids: torch.Tens
     return Comparison(kl, float((p.argmax(-1) == q.argmax(-1)).float().mean()))
 
 
-def check(comparison: Comparison, packed: dict[str, Any], experts: int, bits: int) -> None:
+def check(comparison: Comparison, packed: dict[str, Any], matrices: dict[str, int], bits: int) -> None:
     """Refuse an artifact that is not what it says. Raises ArtifactError.
 
-    experts: matrices of single experts the model has; packed: `packed_census` of the artifact.
+    matrices: how many matrices of each group the model has, each expert's by itself; packed: `packed_census` of the
+    artifact.
     """
-    found = packed.get("experts", {}).get("packed_tensors", 0)
-    if found != experts:
-        raise ArtifactError(f"{found} of {experts} expert matrices were quantized: the artifact is refused")
+    for group, wanted in matrices.items():
+        found = packed.get(group, {}).get("packed_tensors", 0)
+        if found != wanted:
+            raise ArtifactError(f"{found} of {wanted} matrices of {group} were quantized: the artifact is refused")
     if not comparison.kl <= KL_LIMIT[bits]:
         raise ArtifactError(
             f"the quantized model read back differs from its source by KL {comparison.kl:.4f} nats per token where "

@@ -11,6 +11,21 @@ from hpc.data.store import TokenStore
 from hpc.data.tokenizer import FILES, tokenizer_hash
 from hpc.errors import DataError
 from hpc.run.task import Context
+from hpc.train.engine import pick_device, start_process_group
+from hpc.train.watchdog import Watchdog
+
+
+def begin_training(context: Context, settings: TrainingBase) -> Watchdog:
+    """The process group, under a watchdog that knows more than a time-out of a collective tells. Collective."""
+    watchdog = Watchdog.start(context, settings.health.hang)
+    device = pick_device(context.task.machine.device)
+    start_process_group(context.world, device, settings.health.hang.longest_s + 60)
+    return watchdog
+
+
+def experts_per_token(config: Any) -> int:
+    """Experts that a token of a transformers model uses, 0 for a dense one."""
+    return int(getattr(config, "num_experts_per_tok", None) or 0)
 
 
 def token_facts(tokens: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from hpc.shrink.quantize import load_any_model
 from hpc.stages.common import token_facts
 
 BATCH_SIZE = 8
+LONGEST = 1024
+"""Tokens of a window, when the stage does not say and the model's context is longer."""
 
 
 def run(context: Context) -> Result:
@@ -33,7 +35,7 @@ def run(context: Context) -> Result:
         table[name] = {}
         for set_name, tokens in context.inputs("tokens"):
             facts = token_facts(tokens)
-            if facts["vocab_size"] != model.config.vocab_size:
+            if facts["vocab_size"] > model.config.vocab_size:
                 raise ArtifactError(
                     f"{name!r} has {model.config.vocab_size:,} vocabulary entries, {set_name!r} has "
                     f"{facts['vocab_size']:,}: let its prepare stage need the one with the model's tokenizer"
@@ -77,7 +79,7 @@ def _measure(
     loss, tokens = held_out_loss(
         forward,
         [store],
-        seq_len=model.config.max_position_embeddings,
+        seq_len=stage.seq_len or min(LONGEST, model.config.max_position_embeddings),
         batch_size=BATCH_SIZE,
         max_tokens=stage.tokens,
         progress=lambda done, total: context.progress(f"{name} on {set_name}", done=done, total=total),

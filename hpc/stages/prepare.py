@@ -84,9 +84,9 @@ def _count(store: TokenStore, vocab_size: int) -> "np.ndarray[tuple[int], np.dty
 
 def _tokenizer(context: Context, stage: Prepare, found: list[Chunk], folder: Path) -> Tokenizer:
     """The stage's tokenizer, in `folder`. One that an earlier attempt has trained on the same text is taken over."""
-    earlier = context.inputs("tokens")
-    if earlier:
-        return copy_tokenizer(earlier[0][1] / "tokenizer", folder)
+    for _, earlier in context.inputs("tokens", "model"):
+        own = earlier / "tokenizer"
+        return copy_tokenizer(own if own.is_dir() else earlier, folder)
     wanted = stage.tokenizer or TokenizerConfig()
     if wanted.path:
         return copy_tokenizer(Path(wanted.path), folder)

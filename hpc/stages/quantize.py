@@ -1,10 +1,14 @@
 """Post-training quantization, read back and compared. artifact/: a transformers folder in compressed-tensors format."""
 
+import math
+from pathlib import Path
+
 import torch
 
 from hpc.config import Quantize
 from hpc.errors import ConfigError
-from hpc.model.build import load_model
+from hpc.model.build import FEED_FORWARD, load_model, tensor_group
+from hpc.reuse.stored import StoredModel
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.shrink.quantize import check, compare, packed_census, quantize
@@ -20,6 +24,7 @@ def run(context: Context) -> Result:
     model = load_model(source).eval()
     config = model.config
     expert_size = int(getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    matrices, expert_parameters = _matrices(source)
     for setting, size in (("hidden_size", config.hidden_size), ("expert_size", expert_size)):
         if size % stage.group_size:
             raise ConfigError(
@@ -36,7 +41,7 @@ def run(context: Context) -> Result:
     ids = torch.randint(config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(context.task.seed))
     comparison = compare(model, load_model(staging).eval(), ids)
     packed = packed_census(staging)
-    check(comparison, packed, 3 * config.num_experts * config.num_hidden_layers, stage.bits)
+    check(comparison, packed, matrices, stage.bits)
     staging.rename(artifact)
 
     weights_before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -45,14 +50,13 @@ def run(context: Context) -> Result:
     metrics = {
         "bits": stage.bits,
         "bits_per_weight": 8 * weights_after / parameters,
-        "expert_bits_per_weight": 8 * packed["experts"]["bytes"] / (3 * config.num_experts * config.num_hidden_layers)
-        / (config.hidden_size * expert_size),
+        "expert_bits_per_weight": 8 * packed["experts"]["bytes"] / expert_parameters if expert_parameters else None,
         "bytes_before": weights_before,
         "bytes_after": weights_after,
         "artifact_bytes": file_sizes(artifact),
         "kl": comparison.kl,
         "top1_agreement": comparison.top1_agreement,
-    }  # fmt: skip
+    }
     read_back = "measured: artifact read back by transformers against its source, 512 random ids"
     provenance = {
         "bits": "derived: from the configuration",
@@ -65,3 +69,17 @@ def run(context: Context) -> Result:
         "top1_agreement": read_back,
     }
     return Result(metrics, provenance, packed, ("torch", "transformers", "auto-round", "compressed-tensors"))
+
+
+def _matrices(source: Path) -> tuple[dict[str, int], int]:
+    """Matrices of experts and of dense feed-forward blocks, by group, and the parameters of all experts."""
+    counts: dict[str, int] = {}
+    parameters = 0
+    for name, shape in StoredModel(source).shapes.items():
+        group = tensor_group(name)
+        if group == "experts":
+            counts[group] = counts.get(group, 0) + shape[0]
+            parameters += math.prod(shape)
+        elif group == FEED_FORWARD and len(shape) == 2 and name.endswith("_proj.weight"):
+            counts[group] = counts.get(group, 0) + 1
+    return counts, parameters

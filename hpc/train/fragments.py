@@ -209,7 +209,7 @@ def fill_weights(source: Source, fragments: list[Fragment], rename: Rename) -> N
 
 
 def frozen_fragments(module: torch.nn.Module, experts: "ExpertPlace") -> list[Fragment]:
-    """What this rank holds of parameters that are not trained: all of them under ZeRO 1 and 2, its part under ZeRO 3."""
+    """What this rank holds of parameters that are not trained: all under ZeRO 1 and 2, its part under ZeRO 3."""
     found = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:

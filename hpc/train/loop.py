@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hpc.config import TrainingBase
+from hpc.config import Balance, TrainingBase
 from hpc.data.loader import Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
 from hpc.errors import StageError, Stopped
@@ -32,6 +32,7 @@ from hpc.tracking.metrics import replayed_steps, value_at
 from hpc.train import corruption
 from hpc.train.checkpoint import Checkpoints, checkpoint_facts
 from hpc.train.engine import Engine
+from hpc.train.fragments import Rename, Source
 from hpc.train.health import RECORD, Guard, Record, StepTimes, agree, clock, nodes_of
 from hpc.train.saving import Copy, Write
 from hpc.train.schedule import learning_rate
@@ -52,15 +53,15 @@ class Job:
     watchdog: Watchdog
     """Looks on since the stage began."""
     top_k: int
-    aux_loss: float
+    """Experts per token; 0 for a dense model."""
+    balance: Balance
     train_tokens: tuple[Share, ...]
     held_out_tokens: tuple[TokenStore, ...]
     """Of the same sources; the loss is the mean over all their windows, whatever the weights."""
-    z_loss: float = 0.0
-    balance_over_step: bool = False
-    """Whether the balancing loss sees the counts of the whole step so far, not of one micro-batch."""
-    bias_update_rate: float = 0.0
-    """Step of the routers' biases after each update; 0 leaves them alone."""
+    weights: Source | None = None
+    """Where the first weights come from, when the model was built without any."""
+    rename: Rename = str
+    """From the name of a parameter to that in `weights`; None for one that keeps what it was built with."""
     flops_per_token: float | None = None
     """Model FLOPs of a token, forward and backward, for the MFU that is logged; None where they are not known."""
     measure_before: bool = False
@@ -213,6 +214,9 @@ class _Loop:
     def _resume(self) -> int:
         found = self.checkpoints.newest()
         self.checkpoints.expect(self.engine.checkpoint_bytes)
+        if self.job.weights is not None:  # also before a checkpoint, which holds only what is trained
+            self.context.progress("loading the weights")
+            self.engine.fill(self.job.weights, self.job.rename)
         if found is None:
             return 0
         folder, step = found
@@ -313,14 +317,19 @@ class _Loop:
                     problem = problem or "the gradient norm is not finite"
             self.watchdog.beat()
         assert counts is not None
-        if self.job.bias_update_rate and problem is None:
-            update_biases(self.engine.module, counts, self.job.bias_update_rate)
-        biases = router_biases(self.engine.module)
-        self.routing = load_metrics(counts.cpu(), biases, self.settings.batches.tokens_per_step, self.job.top_k)
-        self.window = counts.cpu() if self.window is None else self.window + counts.cpu()
+        if self.probe.routers:
+            self._follow(counts, updated=problem is None)
         if problem is None and self.loss is not None:
             self.guard.accept(self.loss)
         return stop, problem
+
+    def _follow(self, counts_LE: torch.Tensor, *, updated: bool) -> None:
+        """What a step's routing means for the biases, the row of metrics and the passport."""
+        if self.job.balance.bias_update_rate and updated:
+            update_biases(self.engine.module, counts_LE, self.job.balance.bias_update_rate)
+        biases = router_biases(self.engine.module)
+        self.routing = load_metrics(counts_LE.cpu(), biases, self.settings.batches.tokens_per_step, self.job.top_k)
+        self.window = counts_LE.cpu() if self.window is None else self.window + counts_LE.cpu()
 
     def _pass(self, batch: MicroBatch, before_LE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of a micro-batch; returns its loss and the routers' counts.
@@ -330,8 +339,9 @@ class _Loop:
         ids = torch.from_numpy(batch.ids)
         positions = None if batch.positions is None else torch.from_numpy(batch.positions)
         loss = self.engine.loss(ids[:, :-1], ids[:, 1:], positions)
-        heard = self.probe.collect(before_LE if self.job.balance_over_step else None)
-        self.engine.backward(loss + self.job.aux_loss * heard.aux_loss + self.job.z_loss * heard.z_loss)
+        balance = self.job.balance
+        heard = self.probe.collect(before_LE if balance.aux_loss_over == "step" else None)
+        self.engine.backward(loss + balance.aux_loss * heard.aux_loss + balance.z_loss * heard.z_loss)
         return loss.detach(), heard.counts_LE
 
     def _agree(self, loss: torch.Tensor, computed_s: float) -> tuple[bool, str | None]:

@@ -63,6 +63,8 @@ if __name__ == "__main__":
     gathered: list[Any] = [None] * place.size
     dist.all_gather_object(gathered, {name: case["grown"] for name, case in told.items()})
     if place.is_first:
-        out.write_text(json.dumps({name: {**case, "grown": [rank[name] for rank in gathered]} for name, case in told.items()}))
+        out.write_text(
+            json.dumps({name: {**case, "grown": [rank[name] for rank in gathered]} for name, case in told.items()})
+        )
     dist.barrier()
     os._exit(0)

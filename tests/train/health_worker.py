@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hpc.config import Facility, Machine, Pretrain, Tracking
+from hpc.config import Balance, Facility, Machine, Pretrain, Tracking
 from hpc.data.loader import Share
 from hpc.data.store import TokenStore, write_store
 from hpc.errors import StageError, Stopped
@@ -77,7 +77,7 @@ class Run:
         config = model_config(settings.model, settings.router, 64, 64, 0)
         context = Context(self.task, self.directory, self.world, self.attempts)
         job = loop.Job(
-            model=build_model(config, seed=0), settings=settings, top_k=2, aux_loss=0.01,
+            model=build_model(config, seed=0), settings=settings, top_k=2, balance=Balance(aux_loss=0.01),
             train_tokens=(Share("text", self.store),), held_out_tokens=(self.store,),
             watchdog=Watchdog(self.directory, 1, self.world, settings.health.hang),
         )  # fmt: skip

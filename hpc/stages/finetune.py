@@ -1,0 +1,37 @@
+"""All weights of a model that exists, trained further. artifact/: a plain transformers folder with its tokenizer."""
+
+from hpc.config import Finetune
+from hpc.model.build import empty_model, load_config
+from hpc.reuse.stored import StoredModel
+from hpc.run.task import Context, Result
+from hpc.stages.common import begin_training, experts_per_token, mixture
+from hpc.stages.training import training_result, write_trained
+from hpc.train.loop import Job, train
+
+
+def run(context: Context) -> Result:
+    """Do the stage on every rank. No rank holds the whole model while it is loaded."""
+    stage = context.task.stage
+    assert isinstance(stage, Finetune)
+    settings = stage.train
+    watchdog = begin_training(context, settings)
+    folder = context.inputs("model")[0][1]
+    config = load_config(folder)
+    train_tokens, held_out_tokens = mixture(context, settings)
+    model = empty_model(config)
+    total = model.num_parameters()
+    job = Job(
+        model=model,
+        settings=settings,
+        watchdog=watchdog,
+        top_k=experts_per_token(config),
+        balance=settings.balance,
+        train_tokens=train_tokens,
+        held_out_tokens=held_out_tokens,
+        weights=StoredModel(folder),
+        measure_before=True,
+    )
+    trained = train(context, job)
+    census = write_trained(context, trained, config, folder)
+    shape = {"total_params": (total, "measured: counted over the model")}
+    return training_result(job, trained, census, shape, ("torch", "deepspeed", "transformers"))

@@ -1,0 +1,128 @@
+"""A model that exists, checked tensor by tensor, dense ones made sparse on demand. artifact/: a transformers folder."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hpc.config import Reuse
+from hpc.data.tokenizer import FILES
+from hpc.errors import ArtifactError, DataError
+from hpc.model.build import empty_model, load_config, load_model, tensor_group
+from hpc.reuse.fetch import cache_folder, commit_of, locate
+from hpc.reuse.gguf import convert
+from hpc.reuse.stored import StoredModel, logical_parameters, weight_files
+from hpc.reuse.upcycle import upcycle
+from hpc.run.task import Context, Result
+from hpc.stages.common import copy_tokenizer_files
+
+PROBE_LIMIT_BYTES = 2**31
+"""Models above this are not loaded whole to compare logits; the census of tensors is always made."""
+TOLERANCE = 1e-4
+"""Largest accepted difference of logits between a dense model and what was made of it without noise, fp32."""
+
+
+def run(context: Context) -> Result:
+    """Do the stage. Raises DataError for a source that cannot be used, ArtifactError for one that is not whole."""
+    stage = context.task.stage
+    assert isinstance(stage, Reuse)
+    source = _source(context, stage)
+    artifact = context.directory.artifact
+    staging, scratch = artifact.with_name(".artifact"), artifact.with_name(".scratch")
+    for folder in (staging, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    if source.is_file():
+        context.progress("converting the GGUF file")
+        convert(source, scratch)
+        folder = scratch
+    else:
+        folder = source
+    difference: float | None = None
+    if stage.upcycle:
+        context.progress("upcycling")
+        dense = StoredModel(folder)
+        upcycle(dense, stage.upcycle, staging, context.task.seed)
+        copy_tokenizer_files(folder, staging)
+        difference = _difference(folder, staging, context.task.seed)
+        if difference is not None and not stage.upcycle.noise and not difference <= TOLERANCE:
+            raise ArtifactError(f"dense and upcycled logits differ by {difference:.2e}, accepted is {TOLERANCE:.0e}")
+    else:
+        _take(folder, staging)
+    context.progress("checking every tensor")
+    census = _census(staging)
+    shutil.rmtree(scratch)
+    staging.rename(artifact)
+    metrics = {
+        "total_params": sum(group["parameters"] for group in census.values()),
+        "source": stage.init.source if stage.init else stage.needs[0],
+        "commit": commit_of(source),
+        "max_abs_logit_difference": difference,
+    }
+    provenance = {
+        "total_params": "measured: counted over the tensors",
+        "source": "derived: from the configuration",
+        "commit": "derived: of the Hub's snapshot",
+        "max_abs_logit_difference": "measured: upcycled against dense on 128 random ids, fp32"
+        if difference is not None
+        else "not measured: nothing to compare, or too large to load twice",
+    }
+    return Result(metrics, provenance, census, ("torch", "transformers", "safetensors"))
+
+
+def _source(context: Context, stage: Reuse) -> Path:
+    """The folder or .gguf file to take; on a compute node nothing is fetched. Raises DataError."""
+    if stage.init is None:
+        return context.inputs("model")[0][1]
+    path = locate(stage.init, cache_folder(Path(context.task.run_directory)))
+    if path is None:
+        raise DataError(
+            f"init.from = {stage.init.source!r} is not here: `launch.py run` or `submit` fetches it, where there is a "
+            "network"
+        )
+    return path
+
+
+def _take(source: Path, folder: Path) -> None:
+    """Weights by hard link where the file system allows it, small files by copy. Code and pickles stay behind."""
+    for path in weight_files(source):
+        real = path.resolve()
+        try:
+            os.link(real, folder / path.name)
+        except OSError:
+            shutil.copyfile(real, folder / path.name)
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json", *FILES):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, folder / name)
+
+
+def _census(folder: Path) -> dict[str, Any]:
+    """Every parameter of the architecture has its tensor on disk, in its shape, and none is left over. Groups of them.
+
+    Raises ArtifactError.
+    """
+    stored = StoredModel(folder)
+    model = empty_model(load_config(folder))
+    wanted = logical_parameters({name: tuple(parameter.shape) for name, parameter in model.named_parameters()})
+    wanted |= logical_parameters({name: tuple(b.shape) for name, b in model.named_buffers() if name in stored.shapes})
+    if model.config.tie_word_embeddings:
+        wanted |= {name: shape for name, shape in stored.shapes.items() if name == "lm_head.weight"}
+    stored.check(wanted)
+    groups: dict[str, Any] = {}
+    for name, shape in wanted.items():
+        entry = groups.setdefault(tensor_group(name), {"tensors": 0, "parameters": 0})
+        entry["tensors"] += 1
+        entry["parameters"] += torch.Size(shape).numel()
+    return groups
+
+
+def _difference(dense: Path, sparse: Path, seed: int) -> float | None:
+    """Largest difference of logits on random ids, fp32; None for models too large to load."""
+    if sum(path.stat().st_size for path in weight_files(sparse)) > PROBE_LIMIT_BYTES:
+        return None
+    first, second = load_model(dense).eval(), load_model(sparse).eval()
+    ids = torch.randint(first.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return float((first(input_ids=ids).logits - second(input_ids=ids).logits).abs().max())
