@@ -1,14 +1,24 @@
-"""The door to peft: LoRA (arXiv:2106.09685) on attention and on fused three-dimensional experts, and merging it."""
+"""Adapters on a frozen model: peft's on attention and dense layers, ours on experts; written and merged as peft's.
 
+The door to peft. Its own adapters on fused experts make the experts' whole delta in every pass, and do not know expert
+parallelism; those of hpc/model/adapters.py compute the same from activations. On disk both are
+peft's `target_parameters`.
+"""
+
+import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hpc.config import AdapterTraining
 from hpc.errors import ArtifactError
+from hpc.model.adapters import PLACE, Beside, ExpertAdapters, LowRank, first_A
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -16,46 +26,109 @@ DENSE = ["gate_proj", "up_proj", "down_proj"]
 """Feed-forward matrices of a model without experts."""
 
 
-def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int) -> PeftModel:
-    """Freeze the model and add adapters that change nothing yet (B = 0). Raises ArtifactError if a target is absent."""
+def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int, rank: int = 0) -> nn.Module:
+    """Freeze the model and add adapters that change nothing yet (B = 0), in place. Raises ArtifactError if a target is
+    absent.
+
+    rank: of this process; under expert parallelism it holds the adapters of its own experts.
+    """
     torch.manual_seed(seed)
-    has_experts = any(".experts." in name for name, _ in model.named_parameters())
-    feed_forward = DENSE if settings.experts and not has_experts else []
-    config = LoraConfig(
+    blocks = _expert_blocks(model)
+    targets = _targets(settings, has_experts=bool(blocks))
+    model.requires_grad_(False)
+    if targets:
+        inject_adapter_in_model(_config(settings, targets, has_experts=False), model)
+    if settings.experts and blocks:
+        for name, layer, experts in blocks:
+            layer.add_module(PLACE, _beside(name, experts, settings, seed, rank))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    feed_forward = ".experts." if blocks else ".mlp."
+    for wanted, part in ((settings.attention, ".self_attn."), (settings.experts, feed_forward)):
+        if wanted and not any(part in name for name in trained):
+            raise ArtifactError(f"no adapter could be attached to {part}: the model's architecture has other names")
+    return model
+
+
+def _targets(settings: AdapterTraining, *, has_experts: bool) -> list[str]:
+    """Linear layers that peft adapts."""
+    return [*(ATTENTION if settings.attention else []), *(DENSE if settings.experts and not has_experts else [])]
+
+
+def _config(settings: AdapterTraining, targets: list[str], *, has_experts: bool) -> LoraConfig:
+    return LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=0.0,
-        target_modules=[*(ATTENTION if settings.attention else []), *feed_forward],
+        target_modules=targets,
         target_parameters=EXPERTS if settings.experts and has_experts else None,
         task_type="CAUSAL_LM",
     )
-    adapted = get_peft_model(model, config)
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    for wanted, part in ((settings.attention, "self_attn"), (settings.experts, "experts" if has_experts else ".mlp.")):
-        if wanted and not any(part in name for name in trained):
-            raise ArtifactError(f"no adapter could be attached to {part}: the model's architecture has other names")
-    assert isinstance(adapted, PeftModel)
-    return adapted
+
+
+def _expert_blocks(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
+    """(name, decoder layer, fused experts) of every layer that has experts."""
+    found = []
+    for name, layer in model.named_modules():
+        experts = getattr(getattr(layer, "mlp", None), "experts", None)
+        if isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter):
+            found.append((name, layer, experts))
+    return found
+
+
+def _beside(name: str, experts: Any, settings: AdapterTraining, seed: int, rank: int) -> Beside:
+    """Adapters of the experts of one layer that this rank holds; they start alike in every layout."""
+    size = settings.parallel.expert_parallel_size
+    made = []
+    for part, weight in (("gate_up", experts.gate_up_proj), ("down", experts.down_proj)):
+        num_experts, out_features, width = weight.shape
+        start = first_A(num_experts, settings.rank, width, zlib.crc32(f"{seed} {name} {part}".encode()))
+        own = start.chunk(size)[rank % size].clone()
+        adapter = LowRank(own, out_features, settings.alpha / settings.rank, None)
+        if size > 1:
+            for parameter in adapter.parameters():
+                mark: Any = parameter  # what DeepSpeed knows an expert's parameter by
+                mark.allreduce, mark.group_name = False, f"ep_size_{size}"
+                mark.ds_zero_placement_family, mark.ds_zero_partition_group_name = "autoep_expert", mark.group_name
+        made.append(adapter)
+    return Beside(ExpertAdapters(*made))
 
 
 def base_name(name: str) -> str | None:
     """The name that a parameter of an adapted model has in its base; None for an adapter's own."""
-    if ".lora_" in name:
+    if ".lora_" in name or f".{PLACE}." in name:
         return None
-    return name.removeprefix("base_model.model.").replace(".base_layer", "")
+    return name.replace(".base_layer", "")
 
 
-def trainable_parameters(model: torch.nn.Module) -> int:
+def trainable_parameters(model: nn.Module) -> int:
     """Parameters that training changes."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def save_adapter(model: Any, folder: Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; peft loads them on the base model."""
-    model.save_pretrained(str(folder))
+def save_adapter(state: Mapping[str, Tensor], settings: AdapterTraining, folder: Path, *, has_experts: bool) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, which peft loads on the base model.
+
+    state: the adapters' weights by their names here, with all experts.
+    """
+    tensors: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if ".lora_" in name:
+            tensors[f"base_model.model.{name.replace('.default', '')}"] = value
+        elif f".{PLACE}." in name:
+            layer, _, rest = name.partition(f".{PLACE}.experts.")
+            part, matrix = rest.split(".")
+            # peft wraps one parameter after the other: the first is the inner one
+            wrapper = "mlp.experts.base_layer" if part == "gate_up" else "mlp.experts"
+            flat = value.flatten(0, 1) if matrix == "A" else value.permute(1, 2, 0).flatten(1)
+            tensors[f"base_model.model.{layer}.{wrapper}.lora_{matrix}.weight"] = flat
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    config = _config(settings, _targets(settings, has_experts=has_experts), has_experts=has_experts)
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
 
 
-def merge(base: PreTrainedModel, adapter: Path, probe: torch.Tensor) -> tuple[PreTrainedModel, float]:
+def merge(base: PreTrainedModel, adapter: Path, probe: Tensor) -> tuple[PreTrainedModel, float]:
     """Fold an adapter into the base weights, in fp32.
 
     Returns the merged model and the largest difference of logits between it and base + adapter on the ids `probe`

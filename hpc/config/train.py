@@ -359,9 +359,4 @@ class AdapterTraining(TrainingBase):
     def _check_adapters(self) -> Self:
         if not (self.attention or self.experts):
             raise ValueError("attention and experts are both false, so nothing would be trained: set one to true")
-        if self.parallel.expert_parallel_size != 1:
-            raise ValueError(
-                f"expert_parallel_size = {self.parallel.expert_parallel_size} is for pretraining; "
-                "adapters train data-parallel over whole experts: set it to 1"
-            )
         return self

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from hpc.errors import ConfigError
+from hpc.model.adapters import ExpertAdapters, LowRank, adapted_layers
 from hpc.model.experts_cpu import on_cpu, sorted_on_cpu
 from hpc.model.megablocks import grouped_gemm, megablocks
 from hpc.model.products import serves
@@ -91,20 +92,33 @@ _reorder: Callable[..., Tensor] = _Reorder.apply
 
 
 def swiglu_experts(
-    linear: GroupedLinear, x_TH: Tensor, chosen_TK: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor
+    linear: GroupedLinear,
+    x_TH: Tensor,
+    chosen_TK: Tensor,
+    weights_TK: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """Output (T, H) of a layer of SwiGLU experts. gate_up (E, 2I, H) holds the gate first; down is (E, H, I)."""
-    if linear is grouped_mm and serves(x_TH.device, x_TH.dtype):
+    if adapters is None and linear is grouped_mm and serves(x_TH.device, x_TH.dtype):
         return on_cpu(x_TH, chosen_TK, weights_TK, (gate_up,), down)
     top_k = chosen_TK.shape[-1]
     order_N = chosen_TK.flatten().argsort(stable=True)
     inverse_N = torch.empty_like(order_N)
     inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
     counts_E = torch.bincount(chosen_TK.flatten(), minlength=gate_up.shape[0])
-    gate_NI, up_NI = linear(_dispatch(x_TH, order_N, inverse_N, top_k), gate_up, counts_E).chunk(2, -1)
-    y_NH = linear(functional.silu(gate_NI) * up_NI, down, counts_E)
+    x_NH = _dispatch(x_TH, order_N, inverse_N, top_k)
+    gate_NI, up_NI = _adapted(linear, x_NH, gate_up, counts_E, adapters and adapters.gate_up).chunk(2, -1)
+    y_NH = _adapted(linear, functional.silu(gate_NI) * up_NI, down, counts_E, adapters and adapters.down)
     y_TKH = _reorder(y_NH, inverse_N, order_N).view(*chosen_TK.shape, -1)
     return (y_TKH * weights_TK.unsqueeze(-1).to(y_TKH.dtype)).sum(1)
+
+
+def _adapted(linear: GroupedLinear, x_ND: Tensor, weight: Tensor, counts_E: Tensor, adapter: LowRank | None) -> Tensor:
+    """A grouped product, and what its adapter adds."""
+    y_NO = linear(x_ND, weight, counts_E)
+    return y_NO if adapter is None else y_NO + adapter(x_ND, counts_E)
 
 
 def use_backend(model: nn.Module, backend: str) -> None:
@@ -113,26 +127,28 @@ def use_backend(model: nn.Module, backend: str) -> None:
     Call it after DeepSpeed has put its layers in place. Idempotent; a dense model is left as it is.
     """
     linear = BACKENDS[backend]
+    adapted = {id(module): adapters for _, layer, adapters in adapted_layers(model) for module in layer.modules()}
     for module in model.modules():
+        adapters = adapted.get(id(module))
         if type(module).__name__ == "GroupedExperts":
-            module.forward = MethodType(expert_parallel_forward(linear), module)
+            module.forward = MethodType(expert_parallel_forward(linear, adapters), module)
         elif hasattr(module, "_is_expert_parallel"):  # set by transformers' decorator of fused experts
-            module.forward = MethodType(transformers_forward(linear), module)
+            module.forward = MethodType(transformers_forward(linear, adapters), module)
 
 
-def transformers_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
+def transformers_forward(linear: GroupedLinear, adapters: ExpertAdapters | None = None) -> Callable[..., Tensor]:
     """What transformers calls in place of its own experts' forward."""
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         gate_up, down = self.gate_up_proj, self.down_proj
         assert isinstance(gate_up, Tensor)
         assert isinstance(down, Tensor)
-        return swiglu_experts(linear, hidden_states, top_k_index, top_k_weights, gate_up, down)
+        return swiglu_experts(linear, hidden_states, top_k_index, top_k_weights, gate_up, down, adapters)
 
     return forward
 
 
-def expert_parallel_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
+def expert_parallel_forward(linear: GroupedLinear, adapters: ExpertAdapters | None = None) -> Callable[..., Tensor]:
     """What replaces the forward of DeepSpeed's local experts: w1 (E, I, H) gate, w3 up, w2 (E, H, I) down."""
 
     def forward(self: nn.Module, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
@@ -140,9 +156,14 @@ def expert_parallel_forward(linear: GroupedLinear) -> Callable[..., Tensor]:
         assert isinstance(gate, Tensor)
         assert isinstance(up, Tensor)
         assert isinstance(down, Tensor)
+        counts_E = num_tokens_per_expert
+        if adapters is not None:
+            added_gate, added_up = adapters.gate_up(x, counts_E).chunk(2, -1)
+            h_NI = functional.silu(linear(x, gate, counts_E) + added_gate) * (linear(x, up, counts_E) + added_up)
+            return _adapted(linear, h_NI, down, counts_E, adapters.down)
         if linear is grouped_mm and serves(x.device, x.dtype):
-            return sorted_on_cpu(x, num_tokens_per_expert, (gate, up), down)
-        h_NI = functional.silu(linear(x, gate, num_tokens_per_expert)) * linear(x, up, num_tokens_per_expert)
-        return linear(h_NI, down, num_tokens_per_expert)
+            return sorted_on_cpu(x, counts_E, (gate, up), down)
+        h_NI = functional.silu(linear(x, gate, counts_E)) * linear(x, up, counts_E)
+        return linear(h_NI, down, counts_E)
 
     return forward

@@ -28,7 +28,7 @@ def run(context: Context) -> Result:
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()
-    adapted = attach(model, settings, context.task.seed)
+    adapted = attach(model, settings, context.task.seed, context.world.rank)
     trainable = trainable_parameters(adapted)
     job = Job(
         model=adapted,
@@ -44,10 +44,12 @@ def run(context: Context) -> Result:
     )
     trained = train(context, job)
 
+    state = trained.engine.trained_state()
+
     def write() -> None:
         staging = context.directory.artifact.with_name(".artifact")
         shutil.rmtree(staging, ignore_errors=True)
-        save_adapter(trained.engine.module, staging)
+        save_adapter(state, settings, staging, has_experts=job.top_k > 0)
         write_json(staging / BASE_FILE, {"stage": name, "digest": context.input_receipt(name).digest})
         staging.rename(context.directory.artifact)
 

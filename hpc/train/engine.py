@@ -322,6 +322,15 @@ class Engine:
                 state[self._transformers_name(name)] = value.cpu()
         return state
 
+    def trained_state(self) -> dict[str, Tensor]:
+        """What is trained, in fp32 by its names here, with all experts, on the CPU. Collective; rank 0's is whole."""
+        state = {}
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad:
+                value = self._full_value(parameter)
+                state[name] = self._gather_experts(value) if self.place.is_split(name) else value.cpu()
+        return state
+
     def _transformers_name(self, name: str) -> str:
         name = name.replace(".mlp.router.gate.", ".mlp.gate.")
         if self._model_type == "qwen2_moe":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from hpc.adapt.lora import attach, base_name
+from hpc.adapt.lora import attach, base_name, save_adapter
 from hpc.config.train import AdapterTraining, TrainingBase
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
@@ -28,7 +28,7 @@ def resident_bytes() -> int:
 
 
 def fill(case: str, folder: Path, world: World) -> dict[str, Any]:
-    """What a case's state is like after loading, and after one update."""
+    """What a case's state is like after loading, and after three updates."""
     ep, zero, *more = case.split("/")
     asked = {
         "batches": {"seq_len": 16, "micro_batch_size": 1, "tokens_per_step": 16 * world.size},
@@ -39,7 +39,7 @@ def fill(case: str, folder: Path, world: World) -> dict[str, Any]:
     before = resident_bytes()
     model: Any = empty_model(load_config(folder))
     if isinstance(settings, AdapterTraining):
-        model = attach(model, settings, 1)
+        model = attach(model, settings, 1, world.rank)
     engine = Engine(model, settings, "cpu")
     engine.fill(StoredModel(folder), base_name if more else str)
     grown = resident_bytes() - before
@@ -48,10 +48,17 @@ def fill(case: str, folder: Path, world: World) -> dict[str, Any]:
     with torch.no_grad():
         logits = engine.forward(ids).flatten().tolist()
     engine.module.train()
-    engine.backward(engine.loss(ids[:, :-1], ids[:, 1:]))
-    engine.step(1e-3)
+    for _ in range(3):
+        engine.backward(engine.loss(ids[:, :-1], ids[:, 1:]))
+        engine.step(3e-3)
     with torch.no_grad():
         after = float(engine.loss(ids[:, :-1], ids[:, 1:]))
+    if isinstance(settings, AdapterTraining):
+        state = engine.trained_state()
+        if world.is_first:
+            save_adapter(
+                state, settings, folder.parent / f"adapter-{ep}-{zero}", has_experts="llama" not in folder.name
+            )
     return {"logits": logits, "grown": grown, "after": after}
 
 
