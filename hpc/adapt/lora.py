@@ -69,7 +69,7 @@ def _expert_blocks(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     """(name, decoder layer, fused experts) of every layer that has experts."""
     found = []
     for name, layer in model.named_modules():
-        experts = getattr(getattr(layer, "mlp", None), "experts", None)
+        experts: Any = getattr(getattr(layer, "mlp", None), "experts", None)
         if isinstance(getattr(experts, "gate_up_proj", None), nn.Parameter):
             found.append((name, layer, experts))
     return found
@@ -91,6 +91,13 @@ def _beside(name: str, experts: Any, settings: AdapterTraining, seed: int, rank:
                 mark.ds_zero_placement_family, mark.ds_zero_partition_group_name = "autoep_expert", mark.group_name
         made.append(adapter)
     return Beside(ExpertAdapters(*made))
+
+
+def train_unadapted(model: nn.Module) -> None:
+    """Train what has no adapter as well: embeddings, head, routers, norms. Matrices with an adapter stay frozen."""
+    for name, parameter in model.named_parameters():
+        if ".base_layer." not in name and not name.endswith((".experts.gate_up_proj", ".experts.down_proj")):
+            parameter.requires_grad_(True)
 
 
 def base_name(name: str) -> str | None:

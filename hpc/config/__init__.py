@@ -13,16 +13,27 @@ from hpc.config.stages import (
     Prepare,
     Pretrain,
     Quantize,
+    Relora,
     Report,
     Reuse,
     Source,
     Stage,
 )  # fmt: skip
-from hpc.config.train import AdapterTraining, Finetuning, Health, Optimizer, Parallel, Schedule, Training, TrainingBase
+from hpc.config.train import (
+    AdapterTraining,
+    Finetuning,
+    Health,
+    Optimizer,
+    Parallel,
+    ReloraTraining,
+    Schedule,
+    Training,
+    TrainingBase,
+)  # fmt: skip
 
 __all__ = [
     "AdapterTraining", "Artifact", "Balance", "Evaluate", "Facility", "Finetune", "Finetuning", "Health", "Init",
     "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel", "Prepare",
-    "Pretrain", "Quantize", "Report", "Reuse", "Router", "RunConfig", "Schedule", "Source", "Stage", "Tracking",
-    "Training", "TrainingBase", "Upcycle",
+    "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router", "RunConfig", "Schedule", "Source",
+    "Stage", "Tracking", "Training", "TrainingBase", "Upcycle",
 ]  # fmt: skip

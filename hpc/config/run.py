@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
-from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Stage
+from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Relora, Stage
 
 
 class Tracking(Frozen):
@@ -96,7 +96,7 @@ class RunConfig(Frozen):
                         f"it does not need{nearest(gate.stage, stage.needs)}"
                     )
             _check_inputs(f"stages[{index}] {stage.name!r}", stage, {s.name: s.produces for s in self.stages})
-            if isinstance(stage, (Pretrain, Finetune, Lora)):
+            if isinstance(stage, (Pretrain, Finetune, Relora, Lora)):
                 texts = [need.name for need in self.needed(stage, ["tokens"])]
                 _check_mixture(f"stages[{index}] {stage.name!r}", stage.train.mixture, texts)
         return self

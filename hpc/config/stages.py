@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.reuse import Init, Upcycle
-from hpc.config.train import AdapterTraining, Finetuning, Training
+from hpc.config.train import AdapterTraining, Finetuning, ReloraTraining, Training
 
 Artifact = Literal["tokens", "model", "adapter", "quantized", "metrics", "page"]
 """What a stage leaves behind for others; the chain is checked with it when it is loaded."""
@@ -213,6 +213,22 @@ class Lora(Task):
     """Adapters, parallelism, optimizer, schedule."""
 
 
+class Relora(Task):
+    """A model trained further by low-rank updates, merged and begun anew in cycles (ReLoRA)."""
+
+    kind: Literal["relora"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "model"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("tokens",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens",)
+
+    init: Init | None = None
+    """A model to start from, in place of a needed stage that makes one."""
+
+    train: ReloraTraining
+    """Adapters, cycles, balance, parallelism, optimizer, schedule."""
+
+
 class Merge(Task):
     """Adapters folded into the weights of the model they were trained on."""
 
@@ -272,6 +288,7 @@ class Report(Task):
 
 
 Stage = Annotated[
-    Prepare | Reuse | Pretrain | Finetune | Lora | Merge | Quantize | Evaluate | Report, Field(discriminator="kind")
+    Prepare | Reuse | Pretrain | Finetune | Relora | Lora | Merge | Quantize | Evaluate | Report,
+    Field(discriminator="kind"),
 ]
 """Any stage; `kind` says which."""

@@ -360,3 +360,42 @@ class AdapterTraining(TrainingBase):
         if not (self.attention or self.experts):
             raise ValueError("attention and experts are both false, so nothing would be trained: set one to true")
         return self
+
+
+class ReloraTraining(AdapterTraining):
+    """Pretraining by low-rank updates that are merged and begun anew (ReLoRA, arXiv:2307.05695). What has no adapter
+    (embeddings, head, routers, norms) is trained as it is. `schedule.kind: jagged_cosine` says when cycles end.
+
+    The paper starts from a model that was trained in full for a quarter of its steps: let the stage need one."""
+
+    rank: PositiveInt = 128
+    """Rank of each adapter; on experts it is per expert. The update of n cycles has up to n times this rank."""
+
+    alpha: PositiveFloat = 32.0
+    """Adapters are scaled by alpha / rank."""
+
+    prune: Literal["zero", "random", "magnitude"] = "magnitude"
+    """What the optimizer forgets about the adapters at the end of a cycle: all, a random part, or the smallest part of
+    each moment."""
+
+    prune_ratio: float = Field(default=0.9, ge=0, le=1)
+    """How large that part is, for random and magnitude."""
+
+    balance: Balance = Balance()
+    """What keeps the load of the experts even; nothing to a dense model."""
+
+    @model_validator(mode="after")
+    def _check_cycles(self) -> Self:
+        every = self.schedule.restart_every_steps
+        if every is None:
+            raise ValueError(
+                "a relora stage restarts by its schedule: set schedule.kind to jagged_cosine, with restart_every_steps"
+            )
+        if self.steps % every:
+            raise ValueError(
+                f"steps = {self.steps} is not a multiple of schedule.restart_every_steps = {every}: try "
+                f"{-(-self.steps // every) * every}"
+            )
+        if self.optimizer.kind != "adamw":
+            raise ValueError("optimizer.kind = muon keeps no moments that relora could prune: take adamw")
+        return self

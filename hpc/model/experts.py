@@ -109,8 +109,8 @@ def swiglu_experts(
     inverse_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
     counts_E = torch.bincount(chosen_TK.flatten(), minlength=gate_up.shape[0])
     x_NH = _dispatch(x_TH, order_N, inverse_N, top_k)
-    gate_NI, up_NI = _adapted(linear, x_NH, gate_up, counts_E, adapters and adapters.gate_up).chunk(2, -1)
-    y_NH = _adapted(linear, functional.silu(gate_NI) * up_NI, down, counts_E, adapters and adapters.down)
+    gate_NI, up_NI = _adapted(linear, x_NH, gate_up, counts_E, adapters.gate_up if adapters else None).chunk(2, -1)
+    y_NH = _adapted(linear, functional.silu(gate_NI) * up_NI, down, counts_E, adapters.down if adapters else None)
     y_TKH = _reorder(y_NH, inverse_N, order_N).view(*chosen_TK.shape, -1)
     return (y_TKH * weights_TK.unsqueeze(-1).to(y_TKH.dtype)).sum(1)
 

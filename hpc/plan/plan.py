@@ -22,6 +22,7 @@ from hpc.config import (
     Prepare,
     Pretrain,
     Quantize,
+    Relora,
     Router,
     RunConfig,
     Stage,
@@ -165,7 +166,7 @@ def _vocab_size(config: RunConfig, stage: Stage) -> int | None:
 
 
 def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts | None) -> StagePlan:
-    settings: TrainingBase | None = stage.train if isinstance(stage, (Pretrain, Finetune, Lora)) else None
+    settings: TrainingBase | None = stage.train if isinstance(stage, (Pretrain, Finetune, Relora, Lora)) else None
     nodes = settings.parallel.nodes if settings else 1
     ranks_per_node = settings.parallel.ranks_per_node if settings else 1
     _check_resources(machine, stage, nodes, ranks_per_node)

@@ -58,7 +58,7 @@ class TaskFile(Frozen):
         return TypeAdapter(cls).validate_json(path.read_text(encoding="utf-8"))
 
 
-SEEDED = ("pretrain", "finetune", "lora", "evaluate", "reuse")
+SEEDED = ("pretrain", "finetune", "relora", "lora", "evaluate", "reuse")
 """Kinds of stages whose result depends on the seed of the run."""
 
 

@@ -11,17 +11,22 @@ from hpc.model.routing import PASSPORT
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files
+from hpc.train.fragments import Rename
 from hpc.train.health import HEALTH_PROVENANCE
 from hpc.train.loop import Job, Trained, on_first_rank
 
 
-def write_trained(context: Context, trained: Trained, config: Any, tokenizer: Path) -> dict[str, object]:
+def write_trained(
+    context: Context, trained: Trained, config: Any, tokenizer: Path, rename: Rename = str
+) -> dict[str, object]:
     """Write all weights as a plain transformers folder with its tokenizer, and where tokens went. Collective.
 
-    Returns the census of the tensors written, on rank 0.
+    rename: from a parameter's name to that in the file; None for one that has no place there. Returns the census of
+    the tensors written, on rank 0.
     """
     context.progress("writing the model")
-    state = trained.engine.state_in_transformers_layout()
+    whole = trained.engine.state_in_transformers_layout()
+    state = {known_as: value for name, value in whole.items() if (known_as := rename(name)) is not None}
     artifact = context.directory.artifact
 
     def write() -> dict[str, object]:

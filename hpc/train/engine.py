@@ -122,12 +122,14 @@ def deepspeed_config(settings: TrainingBase, precision: str, model_type: str, de
 class Engine:
     """One model in training. Methods marked collective are called by all ranks together."""
 
-    def __init__(self, model: nn.Module, settings: TrainingBase, device: str) -> None:
+    def __init__(self, model: nn.Module, settings: TrainingBase, device: str, *, changes_frozen: bool = False) -> None:
+        """changes_frozen: whether weights that are not trained change all the same, so that checkpoints hold them."""
         precision = settings.precision
         if precision == "auto":
             precision = "bf16" if device == "cuda" else "fp32"
         self.precision, self.settings, self.device = precision, settings, device
         self._host: dict[str, Tensor] = {}
+        self._changes_frozen = changes_frozen
         self._autoep = needs_autoep(settings)
         check_available(settings.expert_compute, device, precision)
         if self._autoep:
@@ -260,7 +262,8 @@ class Engine:
         Raises ArtifactError when the checkpoint lacks an element of this model.
         """
         optimizer = self._engine.optimizer
-        step = read_fragments(folder, self._fragments())
+        frozen = frozen_fragments(self.module, self.place) if self._changes_frozen else []
+        step = read_fragments(folder, [*frozen, *self._trained_fragments()])
         for state in optimizer.optimizer.state.values():
             if "step" in state:
                 state["step"] = torch.tensor(float(step))  # one for each: a shared one would advance once per group
@@ -274,7 +277,7 @@ class Engine:
         rename: from a name here to that of the source; None for what stays as it is. Raises ArtifactError when the
         source lacks an element of this model.
         """
-        fill_weights(source, [*frozen_fragments(self.module, self.place), *self._fragments()], rename)
+        fill_weights(source, [*frozen_fragments(self.module, self.place), *self._trained_fragments()], rename)
         self._use_masters()
 
     def _use_masters(self) -> None:
@@ -297,6 +300,11 @@ class Engine:
         return ExpertPlace(rank, size)
 
     def _fragments(self) -> list[Fragment]:
+        """What this rank writes into a checkpoint."""
+        frozen = frozen_fragments(self.module, self.place, own=True) if self._changes_frozen else []
+        return [*frozen, *self._trained_fragments()]
+
+    def _trained_fragments(self) -> list[Fragment]:
         owned = zero_fragments(self.module, self._engine.optimizer, self.settings.parallel.zero_stage, self.place)
         biases = [Fragment(name, tuple(b.shape), 0, {WEIGHT: b}) for name, b in router_biases(self.module).items()]
         return owned + biases
@@ -331,6 +339,41 @@ class Engine:
                 state[name] = self._gather_experts(value) if self.place.is_split(name) else value.cpu()
         return state
 
+    def rewrite(self, parameters: list[nn.Parameter], change: Callable[[], None]) -> None:
+        """Change whole parameters, in the same way on every rank that holds them. Collective.
+
+        What the optimizer works on follows; its moments stay.
+        """
+        with torch.no_grad():
+            if self.settings.parallel.zero_stage == 3:
+                with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0):
+                    change()
+            else:
+                change()
+        changed = {id(parameter) for parameter in parameters}
+        names = {name for name, p in self.module.named_parameters() if id(p) in changed and p.requires_grad}
+        held = dict(self.module.named_parameters())
+        for fragment in self._trained_fragments():
+            if fragment.name in names:
+                fragment.values[WEIGHT].copy_(self._held(held[fragment.name], fragment))
+
+    def _held(self, parameter: Any, fragment: Fragment) -> Tensor:
+        """What this rank's parameter has where a fragment of the optimizer is."""
+        if self.settings.parallel.zero_stage == 3:
+            part: Tensor = parameter.ds_tensor.data.narrow(0, 0, fragment.size)
+            return part
+        start = fragment.start - self.place.whole(fragment.name, tuple(parameter.shape))[1]
+        flat: Tensor = parameter.data.view(-1)[start : start + fragment.size]
+        return flat
+
+    def moments(self) -> dict[str, Fragment]:
+        """This rank's ranges of the optimizer's moments, by parameter: views of what it works on."""
+        return {fragment.name: fragment for fragment in self._trained_fragments()}
+
+    def whole_shape(self, name: str, parameter: Any) -> tuple[int, ...]:
+        """The shape of a parameter with all experts, wherever they are."""
+        return self.place.whole(name, tuple(getattr(parameter, "ds_shape", parameter.shape)))[0]
+
     def _transformers_name(self, name: str) -> str:
         name = name.replace(".mlp.router.gate.", ".mlp.gate.")
         if self._model_type == "qwen2_moe":
@@ -338,8 +381,11 @@ class Engine:
         return name
 
     def _full_value(self, parameter: nn.Parameter) -> Tensor:
-        if self.precision == "fp32" and self.settings.parallel.zero_stage < 3:
-            return parameter.detach().clone()
+        if not parameter.requires_grad and self.settings.parallel.zero_stage == 3:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                return parameter.detach().float().clone()
+        if not parameter.requires_grad or (self.precision == "fp32" and self.settings.parallel.zero_stage < 3):
+            return parameter.detach().float().clone()
         full: Tensor = safe_get_full_fp32_param(parameter)
         return full.detach().clone()
 

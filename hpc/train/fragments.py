@@ -208,8 +208,11 @@ def fill_weights(source: Source, fragments: list[Fragment], rename: Rename) -> N
             source.fill(name, start, fragment.values[WEIGHT][offset : offset + size])
 
 
-def frozen_fragments(module: torch.nn.Module, experts: "ExpertPlace") -> list[Fragment]:
-    """What this rank holds of parameters that are not trained: all under ZeRO 1 and 2, its part under ZeRO 3."""
+def frozen_fragments(module: torch.nn.Module, experts: "ExpertPlace", *, own: bool = False) -> list[Fragment]:
+    """What this rank holds of parameters that are not trained: all under ZeRO 1 and 2, its part under ZeRO 3.
+
+    own: of what several ranks hold, only this one's equal share, so that together they have everything once.
+    """
     found = []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
@@ -217,7 +220,14 @@ def frozen_fragments(module: torch.nn.Module, experts: "ExpertPlace") -> list[Fr
         part: Any = parameter
         if not hasattr(part, "ds_tensor"):
             shape, first = experts.whole(name, tuple(parameter.shape))
-            found.append(Fragment(name, shape, first, {WEIGHT: parameter.data.view(-1)}))
+            flat, low = parameter.data.view(-1), 0
+            if own:
+                number, replicas = experts.replica(name)
+                share = -(-flat.numel() // replicas)
+                low = min(flat.numel(), number * share)
+                flat = flat[low : low + share]
+            if len(flat):
+                found.append(Fragment(name, shape, first + low, {WEIGHT: flat}))
             continue
         size = part.ds_tensor.ds_numel
         start = size * torch.distributed.get_rank(part.ds_process_group)
@@ -248,6 +258,11 @@ class ExpertPlace:
     def is_split(self, name: str) -> bool:
         """Whether this rank holds only some of the experts of a parameter."""
         return self.size > 1 and ".experts." in name and ".shared_experts." not in name
+
+    def replica(self, name: str) -> tuple[int, int]:
+        """This rank's number among the ranks that hold the same of a parameter, and how many they are."""
+        split = self.size if self.is_split(name) else 1
+        return torch.distributed.get_rank() // split, torch.distributed.get_world_size() // split
 
     def whole(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
         """Shape of the parameter with all experts, and where this rank's part begins in it, flattened."""

@@ -64,6 +64,9 @@ class Job:
     """From the name of a parameter to that in `weights`; None for one that keeps what it was built with."""
     flops_per_token: float | None = None
     """Model FLOPs of a token, forward and backward, for the MFU that is logged; None where they are not known."""
+    restart: Callable[[Engine, int], dict[str, Any]] | None = None
+    """Called after the last update of each cycle of the schedule, before its checkpoint, with the engine and the steps
+    done; returns figures for the row. It may change weights that are not trained. Collective."""
     measure_before: bool = False
     """Whether the held-out loss over all tokens is measured before the first step, to compare with the last one."""
 
@@ -109,7 +112,7 @@ class _Loop:
         world, settings = context.world, job.settings
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         context.progress("building the engine")
-        self.engine = Engine(job.model, settings, self.device)
+        self.engine = Engine(job.model, settings, self.device, changes_frozen=job.restart is not None)
         self.probe = RouterProbe(self.engine.module)
         self.loader = Loader(
             job.train_tokens,
@@ -175,6 +178,9 @@ class _Loop:
             if problem:
                 self.guard.skip(done, problem)
                 row["skipped"] = problem
+            if self.job.restart is not None and self._ends_cycle(done):
+                with self.watchdog.section("checkpoint"):
+                    row |= self.job.restart(self.engine, done)
             if done % settings.evaluate_every_steps == 0 or done == settings.steps:
                 row["heldout_loss"] = self._evaluate(settings.evaluate_tokens)
             if done % health.report_every_steps == 0:
@@ -194,6 +200,10 @@ class _Loop:
         self._published()
         self.watchdog.enter("finish")
         return self._trained()
+
+    def _ends_cycle(self, done: int) -> bool:
+        every = self.settings.schedule.restart_every_steps
+        return done == self.settings.steps or (every is not None and done % every == 0)
 
     def _trained(self) -> Trained:
         self.context.stop.immediately()

@@ -18,7 +18,8 @@ def test_a_key_is_explained_with_type_default_and_docstring() -> None:
 
 def test_a_key_that_several_kinds_share_is_explained_once_with_all_paths() -> None:
     text = explain("batches.tokens_per_step")
-    assert "stages.pretrain.train.batches.tokens_per_step\nstages.lora.train.batches.tokens_per_step" in text
+    kinds = ("pretrain", "finetune", "relora", "lora")
+    assert "\n".join(f"stages.{kind}.train.batches.tokens_per_step" for kind in kinds) in text
     assert text.count("Tokens of one optimizer step") == 1
 
 
