@@ -30,10 +30,16 @@ class Source(Frozen):
     text_key: str = "text"
     """Field or column of a JSONL or Parquet record that holds the text."""
 
+    format: Literal["text", "chat"] = "text"
+    """`chat`: records are conversations, `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`,
+    rendered by the tokenizer's chat template. Only the assistant's answers are learned from and measured."""
+
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if bool(self.files) == bool(self.module):
             raise ValueError("a source names either files or a module: give exactly one of the two")
+        if self.module and self.format == "chat":
+            raise ValueError("format = chat is for files with a conversation a line: a module holds texts")
         if self.module and ":" not in self.module:
             raise ValueError(f"module = {self.module!r} lacks its attribute: write it as 'package.module:attribute'")
         return self

@@ -26,6 +26,9 @@ from hpc.errors import DataError
 BLOCK = 512
 """Samples whose windows a rank computes at a time: numpy's overhead is shared by so many."""
 
+IGNORED = -100
+"""A target without a loss, as in torch's cross-entropy."""
+
 Window = tuple[TokenStore, int]
 """A store and the number of a window in it."""
 
@@ -39,6 +42,15 @@ class MicroBatch:
 
     positions: NDArray[np.int64] | None
     """Position of each input in its document or, for the first one, in the window, (B, S); None without masking."""
+
+    answers: NDArray[np.bool_] | None = None
+    """Targets that count, (B, S); None when all do."""
+
+    @property
+    def targets(self) -> NDArray[np.int64]:
+        """What follows each input, (B, S); IGNORED where it does not count."""
+        following = self.ids[:, 1:]
+        return following if self.answers is None else np.where(self.answers, following, IGNORED)
 
 
 @dataclass(frozen=True)
@@ -140,8 +152,9 @@ def cut(windows: Sequence[Window], seq_len: int, document_masking: bool) -> Micr
     ids = np.empty((len(windows), seq_len + 1), np.int64)
     for row, (store, window) in enumerate(windows):
         ids[row] = store.tokens[window * seq_len : window * seq_len + seq_len + 1]
+    answers = _answers(windows, seq_len)
     if not document_masking:
-        return MicroBatch(ids, None)
+        return MicroBatch(ids, None, answers)
     starts = []  # in the rows laid one after another; a row is a start of its own
     for row, (store, window) in enumerate(windows):
         begin, here = window * seq_len, row * seq_len
@@ -150,4 +163,15 @@ def cut(windows: Sequence[Window], seq_len: int, document_masking: bool) -> Micr
     lengths = [end - start for start, end in zip(starts, [*starts[1:], len(windows) * seq_len], strict=True)]
     positions = np.arange(len(windows) * seq_len)
     positions -= np.repeat(starts, lengths)
-    return MicroBatch(ids, positions.reshape(len(windows), seq_len))
+    return MicroBatch(ids, positions.reshape(len(windows), seq_len), answers)
+
+
+def _answers(windows: Sequence[Window], seq_len: int) -> NDArray[np.bool_] | None:
+    """Which targets of windows count; None when no store says so."""
+    if all(store.answers is None for store, _ in windows):
+        return None
+    kept = np.ones((len(windows), seq_len), np.bool_)
+    for row, (store, window) in enumerate(windows):
+        if store.answers is not None:
+            kept[row] = store.answers[window * seq_len + 1 : (window + 1) * seq_len + 1]
+    return kept

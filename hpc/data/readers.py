@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hpc.data.chat import messages_of, to_document
 from hpc.errors import DataError
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst")
@@ -39,11 +40,20 @@ def pieces(path: Path, limit: int) -> list[Piece]:
     return [Piece(path, 0, size, size)]
 
 
+CHAT = ""
+"""In place of a field: the whole record is a conversation."""
+
+
 def read_piece(piece: Piece, text_key: str) -> Iterator[str]:
-    """Documents of a piece, in order. Raises DataError naming the file, and the line where there is one."""
+    """Documents of a piece, in order; with the key CHAT, conversations as hpc/data/chat.py writes them.
+
+    Raises DataError naming the file, and the line where there is one.
+    """
     path = piece.path
     try:
         if path.name.endswith(TEXT_SUFFIXES):
+            if text_key == CHAT:
+                raise DataError(f"{path}: format = chat is for .jsonl, .jsonl.zst and .parquet files: take those")
             yield path.read_text(encoding="utf-8")
         elif path.name.endswith(JSONL_SUFFIX):
             with path.open("rb") as file:
@@ -84,7 +94,10 @@ def _read_lines(file: BinaryIO | io.BufferedReader, piece: Piece, text_key: str)
 
 def _record(line: bytes, path: Path, offset: int, text_key: str) -> str:
     try:
-        text = json.loads(line.decode("utf-8"))[text_key]
+        record = json.loads(line.decode("utf-8"))
+        if text_key == CHAT:
+            return _conversation(record, f"{path}:{_line_number(path, offset)}")
+        text = record[text_key]
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8 text (byte {offset + error.start}): convert it, or leave it out of files"
@@ -97,6 +110,15 @@ def _record(line: bytes, path: Path, offset: int, text_key: str) -> str:
     if not isinstance(text, str):
         raise DataError(f"{path}:{_line_number(path, offset)}: {text_key!r} holds a {type(text).__name__}, not a text")
     return text
+
+
+def _conversation(record: Any, place: str) -> str:
+    messages = messages_of(record)
+    if messages is None:
+        raise DataError(
+            f"{place}: not a conversation: give messages with role and content, or prompt and completion, as texts"
+        )
+    return to_document(messages)
 
 
 def _line_number(path: Path, offset: int) -> int:
@@ -149,6 +171,10 @@ def _read_parquet(piece: Piece, text_key: str) -> Iterator[str]:
     import pyarrow
 
     file = _open_parquet(piece.path)
+    if text_key == CHAT:
+        for batch in file.iter_batches(row_groups=range(piece.begin, piece.end)):
+            yield from (_conversation(record, str(piece.path)) for record in batch.to_pylist())
+        return
     names = file.schema_arrow.names
     if text_key not in names:
         raise DataError(f"{piece.path} has no column {text_key!r}: its columns are {', '.join(names)}")

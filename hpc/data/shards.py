@@ -18,6 +18,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +27,9 @@ from typing import Any
 import xxhash
 from tokenizers import Tokenizer
 
+from hpc.data.chat import PLAIN, TEMPLATE, answer_mask, render
 from hpc.data.sources import Chunk, held_out, read_chunk
-from hpc.data.store import StoreWriter, join_stores
+from hpc.data.store import StoreWriter, answers_of, join_stores
 from hpc.data.tokenizer import end_of_text_id, load_tokenizer, tokenizer_hash
 from hpc.errors import DataError, StageError
 
@@ -59,10 +61,13 @@ class Packing:
     """Where shards are kept until they are joined."""
     tokenizer: Path
     held_out_fraction: float
+    answers: bool = False
+    """Whether to keep which tokens are answers: where any source holds conversations."""
 
     def places(self, chunks: Sequence[Chunk]) -> list[Path]:
         """Folder of each chunk's shard."""
         shared = [LAYOUT, tokenizer_hash(self.tokenizer), _loaded(self.tokenizer)[1], self.held_out_fraction]
+        shared += [_template_hash(self.tokenizer)] if self.answers else []
         places = []
         for number, chunk in enumerate(chunks):
             facts = [*shared, chunk.identity, chunk.source.model_dump(mode="json")]
@@ -78,6 +83,7 @@ class Packed:
     folders: list[Path]
     reused: int
     """Shards that an earlier attempt had left."""
+    answers: bool = False
 
     def counts(self, part: str) -> Counts:
         """Documents, tokens and bytes of one side of the split."""
@@ -85,8 +91,10 @@ class Packed:
         return sum(found, Counts())
 
     def join(self, part: str, prefix: Path) -> None:
-        """Write one side of all shards as one store."""
+        """Write one side of all shards as one store, with its answers where they are kept."""
         join_stores(prefix, [folder / part for folder in self.folders])
+        if self.answers:
+            join_stores(answers_of(prefix), [answers_of(folder / part) for folder in self.folders])
 
 
 def pack(packing: Packing, chunks: Sequence[Chunk], workers: int, told: Callable[[int, int], None]) -> Packed:
@@ -104,7 +112,7 @@ def pack(packing: Packing, chunks: Sequence[Chunk], workers: int, told: Callable
     for chunk in _work(packing, todo, min(workers, len(todo))):
         done += chunk.size_bytes
         told(done, before)
-    return Packed(places, len(chunks) - len(todo))
+    return Packed(places, len(chunks) - len(todo), packing.answers)
 
 
 def default_workers() -> int:
@@ -168,16 +176,24 @@ def _make_shard(packing: Packing, chunk: Chunk, place: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir()
     parts = dict.fromkeys(PARTS, Counts())
-    with StoreWriter(staging / "train", vocab_size) as train, StoreWriter(staging / "held_out", vocab_size) as kept:
-        writers = {"train": train, "held_out": kept}
+    is_chat = chunk.source.format == "chat"
+    with ExitStack() as stack:
+        writers = {part: stack.enter_context(StoreWriter(staging / part, vocab_size)) for part in PARTS}
+        answers = {
+            part: stack.enter_context(StoreWriter(answers_of(staging / part), 2))
+            for part in (PARTS if packing.answers else ())
+        }
         for batch in _batches(read_chunk(chunk)):
             if _stop is not None and _stop.is_set():
                 raise StageError("another worker failed")
             texts = [text for text, _ in batch]
-            for (text, size), encoding in zip(batch, _encode(tokenizer, texts), strict=True):
+            encoded = _encode_chat(tokenizer, texts, packing.tokenizer) if is_chat else _encode(tokenizer, texts)
+            for (text, size), (ids, mask) in zip(batch, encoded, strict=True):
                 part = "held_out" if held_out(text, packing.held_out_fraction) else "train"
-                writers[part].add([*encoding, end])
-                parts[part] += Counts(1, len(encoding) + 1, size)
+                writers[part].add([*ids, end])
+                if packing.answers:
+                    answers[part].add([*(mask or [1] * len(ids)), 1])
+                parts[part] += Counts(1, len(ids) + 1, size)
     files = {path.name: _hash(path) for path in sorted(staging.iterdir())}
     content = {"parts": {name: asdict(counts) for name, counts in parts.items()}, "files": files}
     (staging / "shard.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
@@ -206,8 +222,22 @@ def _batches(documents: Iterator[str]) -> Iterator[list[tuple[str, int]]]:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[list[int]]:
-    return (encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> Iterator[tuple[list[int], list[int] | None]]:
+    return ((encoding.ids, None) for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+
+
+def _encode_chat(
+    tokenizer: Tokenizer, documents: list[str], folder: Path
+) -> Iterator[tuple[list[int], list[int] | None]]:
+    """Ids of conversations, and which of them are answers."""
+    rendered = [render(document, folder) for document in documents]
+    encodings = tokenizer.encode_batch([chat.text for chat in rendered], add_special_tokens=False)
+    return ((e.ids, answer_mask(e.offsets, chat.answers)) for e, chat in zip(encodings, rendered, strict=True))
+
+
+def _template_hash(folder: Path) -> str:
+    path = folder / TEMPLATE
+    return hashlib.sha256(path.read_bytes() if path.is_file() else PLAIN.encode()).hexdigest()
 
 
 @lru_cache(maxsize=1)

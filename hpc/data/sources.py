@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc.config import Source
-from hpc.data.readers import Piece, pieces, read_piece
+from hpc.data.readers import CHAT, Piece, pieces, read_piece
 from hpc.errors import DataError
 
 CHUNK_BYTES = 4 << 20
@@ -63,7 +63,8 @@ def read_chunk(chunk: Chunk) -> Iterator[str]:
     if chunk.source.module:
         texts = _module_texts(chunk.source.module)
     else:
-        texts = (text for piece in chunk.pieces for text in read_piece(piece, chunk.source.text_key))
+        key = CHAT if chunk.source.format == "chat" else chunk.source.text_key
+        texts = (text for piece in chunk.pieces for text in read_piece(piece, key))
     return (text for text in texts if text.strip())
 
 

@@ -16,6 +16,7 @@ import struct
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +33,7 @@ DTYPES: dict[int, np.dtype[Any]] = {
     code: np.dtype(name).newbyteorder("<")
     for code, name in {1: "u1", 2: "i1", 3: "i2", 4: "i4", 5: "i8", 8: "u2"}.items()
 }
-"""Megatron's codes of the whole numbers; we write 8 and 4."""
+"""Megatron's codes of the whole numbers; we write 8 and 4, and 1 for answers."""
 
 Tokens = Sequence[int] | NDArray[Any]
 """Ids of one document, (N,)."""
@@ -46,6 +47,7 @@ class TokenStore:
 
     def __init__(self, prefix: Path) -> None:
         """Open PREFIX.bin and PREFIX.idx. Raises DataError when they are not of this format or do not fit together."""
+        self._prefix = prefix
         index, data = prefix.with_suffix(".idx"), prefix.with_suffix(".bin")
         self._index = _map(index)
         if len(self._index) < HEADER.size or self._index[: len(MAGIC)] != MAGIC:
@@ -75,6 +77,17 @@ class TokenStore:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @cached_property
+    def answers(self) -> NDArray[Any] | None:
+        """1 for tokens that are answers in a conversation, else 0, (num_tokens,); None where all tokens count."""
+        prefix = answers_of(self._prefix)
+        if not prefix.with_suffix(".idx").exists():
+            return None
+        found = TokenStore(prefix).tokens
+        if len(found) != len(self):
+            raise DataError(f"{prefix} marks {len(found):,} tokens of {len(self):,}: prepare the text again")
+        return found
+
     def document_starts(self, begin: int, end: int) -> list[int]:
         """Positions in `tokens`, from `begin` to below `end`, at which a document starts; in order."""
         start_of = self._start_of
@@ -100,6 +113,11 @@ class TokenStore:
         return start_of
 
 
+def answers_of(prefix: Path) -> Path:
+    """Where the answers of a store are kept: a store of 0 and 1 beside it."""
+    return prefix.with_name(f"{prefix.name}_answers")
+
+
 def _map(path: Path) -> mmap.mmap | bytes:
     try:
         with path.open("rb") as file:
@@ -114,7 +132,7 @@ class StoreWriter:
     """Writes a store document by document; the index is written when the block ends without an error."""
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
-        self.code = 8 if vocab_size < 65500 else 4
+        self.code = 1 if vocab_size <= 2 else 8 if vocab_size < 65500 else 4
         self.lengths = array("i")
         self.num_tokens = 0
         self._prefix = prefix

@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from hpc.data.loader import cut, num_windows
+from hpc.data.loader import IGNORED, cut, num_windows
 from hpc.data.store import TokenStore
 from hpc.errors import DataError
 
@@ -52,10 +52,11 @@ def held_out_loss(
             batch = cut([pool[at] for at in chosen], seq_len, document_masking)
             ids = torch.from_numpy(batch.ids)
             positions = None if batch.positions is None else torch.from_numpy(batch.positions)
-            loss = token_losses(forward(ids[:, :-1], positions), ids[:, 1:])
+            targets = torch.from_numpy(batch.targets)
+            loss = token_losses(forward(ids[:, :-1], positions), targets)
             real = int((wanted < windows).sum())
             total += float(loss[:real].double().sum())
-            count += real * seq_len
+            count += int((targets[:real] != IGNORED).sum())
             if progress:
                 progress(number + 1, passes)
     if dist.is_initialized() and world_size > 1:
@@ -64,10 +65,13 @@ def held_out_loss(
         sums = sums.to(device)
         dist.all_reduce(sums)
         total, count = float(sums[0]), int(sums[1])
+    if not count:
+        raise DataError(f"{windows} held-out sequences hold no answer: hold out more, or lower seq_len")
     return total / count, count
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood (nats) of each target: logits (B, S, V) and targets (B, S) -> (B, S), in fp32."""
+    """Negative log-likelihood (nats) of each target: logits (B, S, V) and targets (B, S) -> (B, S), in fp32; 0 where a
+    target is IGNORED."""
     flat = F.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device).flatten(), reduction="none")
     return flat.view(targets.shape)

@@ -88,7 +88,7 @@ def _measure(
     return {
         "loss": loss,
         "perplexity": math.exp(loss),
-        "bits_per_byte": loss / math.log(2) * tokens_per_byte,
+        "bits_per_byte": loss / math.log(2) * tokens_per_byte if store.answers is None else None,
         "tokens": tokens,
         "tokens_per_s": tokens / (time.monotonic() - began),
     }

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer
 
 from hpc.config import Prepare
 from hpc.config.stages import Tokenizer as TokenizerConfig
+from hpc.data.chat import PLAIN, TEMPLATE
 from hpc.data.shards import PARTS, Counts, Packed, Packing, default_workers, pack
 from hpc.data.sources import Chunk, chunks, training_texts
 from hpc.data.store import TokenStore
@@ -45,7 +46,10 @@ def run(context: Context) -> Result:
     found = chunks(stage.sources)
     folder = artifact / "tokenizer"
     tokenizer = _tokenizer(context, stage, found, folder)
-    packing = Packing(shards / "packed", folder, stage.held_out_fraction)
+    has_chat = any(source.format == "chat" for source in stage.sources)
+    if has_chat and not (folder / TEMPLATE).exists():
+        (folder / TEMPLATE).write_text(PLAIN, encoding="utf-8")
+    packing = Packing(shards / "packed", folder, stage.held_out_fraction, has_chat)
     packed = pack(packing, found, workers, _Meter(context, _size(found)).told)
     counts = {part: packed.counts(part) for part in PARTS}
     for part in PARTS:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from hpc.config import Balance, TrainingBase
-from hpc.data.loader import Loader, MicroBatch, Share
+from hpc.data.loader import IGNORED, Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
 from hpc.errors import StageError, Stopped
 from hpc.evaluate.loss import held_out_loss
@@ -312,9 +312,10 @@ class _Loop:
         counts: torch.Tensor | None = None
         computed_s = 0.0
         batches = self.loader.micro_batches(self.guard.record.place(step))
+        weights = self._weights(batches)
         for number, batch in enumerate(batches):
             began = self.clock()
-            loss, counts_LE = self._pass(batch, counts)
+            loss, counts_LE = self._pass(batch, counts, weights[number])
             computed_s += self.clock() - began
             counts = counts_LE if counts is None else counts + counts_LE
             total += loss
@@ -341,14 +342,29 @@ class _Loop:
         self.routing = load_metrics(counts_LE.cpu(), biases, self.settings.batches.tokens_per_step, self.job.top_k)
         self.window = counts_LE.cpu() if self.window is None else self.window + counts_LE.cpu()
 
-    def _pass(self, batch: MicroBatch, before_LE: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _weights(self, batches: list[MicroBatch]) -> list[float]:
+        """Weights of micro-batches whose mean over the step and all ranks is the mean over all targets that count.
+
+        1 where all do. Collective where a source holds conversations.
+        """
+        if all(share.store.answers is None for share in self.job.train_tokens):
+            return [1.0] * len(batches)
+        own = [int((batch.targets != IGNORED).sum()) for batch in batches]
+        total = torch.tensor(float(sum(own)), device=self.device)
+        dist.all_reduce(total)
+        mean = max(1.0, float(total)) / (len(batches) * self.context.world.size)
+        return [count / mean for count in own]
+
+    def _pass(
+        self, batch: MicroBatch, before_LE: torch.Tensor | None, weight: float = 1.0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forward and backward of a micro-batch; returns its loss and the routers' counts.
 
-        before_LE: counts of the micro-batches before it in this step.
+        before_LE: counts of the micro-batches before it in this step. weight: of its loss in the step.
         """
         ids = torch.from_numpy(batch.ids)
         positions = None if batch.positions is None else torch.from_numpy(batch.positions)
-        loss = self.engine.loss(ids[:, :-1], ids[:, 1:], positions)
+        loss = weight * self.engine.loss(ids[:, :-1], torch.from_numpy(batch.targets), positions)
         balance = self.job.balance
         heard = self.probe.collect(before_LE if balance.aux_loss_over == "step" else None)
         self.engine.backward(loss + balance.aux_loss * heard.aux_loss + balance.z_loss * heard.z_loss)

@@ -31,8 +31,13 @@ def read_documents(source: Source) -> Iterator[str]:
 def prepared(folder: Path, workers: int, names: list[str]) -> dict[str, Any]:
     """Do the stage in `folder` as the worker does: the artifact of a killed attempt is removed first."""
     sources.CHUNK_BYTES = 100_000
+    return prepare_sources(folder, [{"files": [name]} for name in names], workers)
+
+
+def prepare_sources(folder: Path, asked: list[dict[str, Any]], workers: int = 1) -> dict[str, Any]:
+    """Do a stage with these sources in `folder`; returns its metrics, its artifact is in stages/text/artifact."""
     stage = Prepare.model_validate(
-        {"kind": "prepare", "name": "text", "sources": [{"files": [name]} for name in names], "workers": workers,
+        {"kind": "prepare", "name": "text", "sources": asked, "workers": workers,
          "tokenizer": {"vocab_size": VOCAB_SIZE, "train_bytes": 200_000}, "held_out_fraction": 0.2}
     )  # fmt: skip
     task = TaskFile(
