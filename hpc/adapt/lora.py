@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -133,21 +133,3 @@ def save_adapter(state: Mapping[str, Tensor], settings: AdapterTraining, folder:
     config = _config(settings, _targets(settings, has_experts=has_experts), has_experts=has_experts)
     config.inference_mode = True
     config.save_pretrained(str(folder))
-
-
-def merge(base: PreTrainedModel, adapter: Path, probe: Tensor) -> tuple[PreTrainedModel, float]:
-    """Fold an adapter into the base weights, in fp32.
-
-    Returns the merged model and the largest difference of logits between it and base + adapter on the ids `probe`
-    (B, S). Raises ArtifactError when merging left the weights as they were.
-    """
-    adapted = PeftModel.from_pretrained(base, str(adapter)).eval()
-    with torch.no_grad():
-        expected = adapted(input_ids=probe).logits
-        with adapted.disable_adapter():
-            unadapted = adapted(input_ids=probe).logits
-        merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-        difference = float((merged.eval()(input_ids=probe).logits - expected).abs().max())
-    if torch.equal(unadapted, expected):
-        raise ArtifactError(f"the adapter in {adapter} does not change the model: it was not trained, or not loaded")
-    return merged, difference

@@ -6,6 +6,7 @@ from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
+from hpc.config.near import nearest
 from hpc.config.reuse import Init, Upcycle
 from hpc.config.train import AdapterTraining, Finetuning, ReloraTraining, Training
 
@@ -242,6 +243,26 @@ class Merge(Task):
     """Stage kind."""
     produces: ClassVar[Artifact] = "model"
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",), ("adapter",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("adapter",)
+
+    weights: dict[str, float] = {}
+    """Weight of each needed adapter; 1 for one that is not named."""
+
+    combination: Literal["linear", "ties", "dare_linear", "dare_ties"] = "linear"
+    """How several adapters become one: their weighted sum, or TIES (arXiv:2306.01708) or DARE (arXiv:2311.03099), which
+    keep a part of each and let the adapters vote on signs."""
+
+    density: float = Field(default=0.5, gt=0, le=1)
+    """Part of each delta that ties and dare keep."""
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        for name, weight in self.weights.items():
+            if name not in self.needs:
+                raise ValueError(f"weights names {name!r}, which the stage does not need{nearest(name, self.needs)}")
+            if not weight:
+                raise ValueError(f"weights.{name} = 0 leaves the adapter out: drop it from needs")
+        return self
 
 
 class Quantize(Task):
