@@ -16,17 +16,20 @@ DOORS = {
     "megablocks": {"hpc/model/megablocks.py"},
     "kernels": {"hpc/model/megablocks.py"},
     "litgpt": {"hpc/bench/peers.py"},
-    "peft": {"hpc/adapt/lora.py"},
+    "peft": {"hpc/adapt/lora.py", "hpc/adapt/merge.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
-        "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py",
+        "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
+        "hpc/reuse/gguf.py",
     },
     "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
     "pyarrow": {"hpc/data/readers.py"},
+    "gguf": {"hpc/reuse/gguf.py"},
+    "huggingface_hub": {"hpc/reuse/fetch.py"},
     "litdata": {"hpc/bench/data.py"},
     "grain": {"hpc/bench/data.py"},
 }  # fmt: skip
@@ -41,7 +44,8 @@ MAY_IMPORT = {
     "hpc.data": {"hpc.config", "hpc.errors"},
     "hpc.model": {"hpc.config", "hpc.errors"},
     "hpc.evaluate": {"hpc.data", "hpc.errors"},
-    "hpc.adapt": {"hpc.config", "hpc.errors"},
+    "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
+    "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
     "hpc.shrink": {"hpc.errors", "hpc.model"},
     "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
     "hpc.train": {
@@ -49,14 +53,14 @@ MAY_IMPORT = {
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages",
-        "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.reuse.fetch", "hpc.run",
+        "hpc.stages", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
-              "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
+              "slurm.site", "slurm.fetch", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "export", "plan", "explain",
          "schema", "devcluster", "bench")  # fmt: skip

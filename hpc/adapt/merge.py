@@ -39,7 +39,7 @@ def merge(
 ) -> Merged:
     """Fold adapters with weights into the base, in fp32; `probe` (B, S) are ids to compare logits on.
 
-    combination: linear, ties, dare_linear or dare_ties, of which the last three keep a fraction `density` of each delta.
+    combination: linear, ties, dare_linear or dare_ties; the last three keep a fraction `density` of each delta.
     Raises ArtifactError when an adapter changes nothing.
     """
     adapted: Any = PeftModel.from_pretrained(base, str(adapters[0][0]), adapter_name="0").eval()

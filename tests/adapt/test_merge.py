@@ -1,0 +1,117 @@
+"""Adapters as peft knows them, folded into their base: exact, expert by expert, alone or several together."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+
+from hpc.adapt.lora import attach, base_name, save_adapter
+from hpc.adapt.merge import merge
+from hpc.config.train import AdapterTraining
+from hpc.errors import ArtifactError
+from hpc.model.build import empty_model, load_config, load_model
+from hpc.model.experts import use_backend
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+IDS = torch.arange(40).view(1, 40) * 7 % 64
+SETTINGS = AdapterTraining.model_validate(
+    {"rank": 3, "alpha": 6, "steps": 1, "optimizer": {"lr": 1e-3},
+     "batches": {"seq_len": 8, "micro_batch_size": 1, "tokens_per_step": 8}}
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("moe") / "base"
+    torch.manual_seed(0)
+    config = MixtralConfig(**SHAPE, num_local_experts=4, initializer_range=0.1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
+def adapter(base: Path, folder: Path, seed: int, *, zero: bool = False) -> torch.Tensor:
+    """Write an adapter with random B; returns the logits of base + adapter as we compute them in training."""
+    loaded = load_model(base).state_dict()
+    model: Any = attach(empty_model(load_config(base)), SETTINGS, seed)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            known = base_name(name)
+            if known is not None:
+                parameter.copy_(loaded[known])
+            elif not zero and (".lora_B." in name or name.endswith(".B")):
+                parameter.normal_(std=0.1)
+    state = {name: p.detach() for name, p in model.named_parameters() if base_name(name) is None}
+    save_adapter(state, SETTINGS, folder, has_experts=any(".adapter." in name for name in state))
+    use_backend(model, "grouped_mm")
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return logits
+
+
+def test_peft_computes_with_our_adapter_what_training_did(moe: Path, tmp_path: Path) -> None:
+    ours = adapter(moe, tmp_path / "a", seed=1)
+    base = load_model(moe).eval()
+    with torch.no_grad():
+        plain = base(input_ids=IDS).logits
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "a")).eval()(input_ids=IDS).logits
+    assert float((theirs - ours).abs().max()) < 1e-5
+    assert float((theirs - plain).abs().max()) > 0.1
+
+
+def test_a_merged_model_is_base_and_adapter_with_every_expert_changed(moe: Path, tmp_path: Path) -> None:
+    wanted = adapter(moe, tmp_path / "a", seed=1)
+    merged = merge(load_model(moe).eval(), [(tmp_path / "a", 1.0)], IDS, "linear", 0.5, 0)
+    with torch.no_grad():
+        assert float((merged.model(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
+    assert merged.difference is not None
+    assert merged.difference < 1e-5
+    assert merged.changed == {"experts": (16, 16), "others": (8, 8)}
+
+
+def test_a_sum_of_adapters_is_the_sum_of_what_they_change(moe: Path, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        adapter(moe, tmp_path / str(seed), seed)
+    merged = merge(load_model(moe).eval(), [(tmp_path / "1", 0.7), (tmp_path / "2", -0.2)], IDS, "linear", 0.5, 0)
+    assert merged.difference is not None
+    assert merged.difference < 1e-5
+    alone = [merge(load_model(moe), [(tmp_path / str(n), 1.0)], IDS, "linear", 0.5, 0).model for n in (1, 2)]
+    name = "model.layers.1.mlp.experts.down_proj"
+    first, second, both, base = (m.state_dict()[name] for m in (*alone, merged.model, load_model(moe)))
+    assert torch.allclose(both - base, 0.7 * (first - base) - 0.2 * (second - base), atol=1e-6)
+
+
+def test_ties_keeps_the_larger_half_of_each_expert_and_where_signs_agree(moe: Path, tmp_path: Path) -> None:
+    adapter(moe, tmp_path / "1", 1)
+    one = merge(load_model(moe), [(tmp_path / "1", 1.0)], IDS, "linear", 0.5, 0).model.state_dict()
+    ties = merge(load_model(moe), [(tmp_path / "1", 1.0)], IDS, "ties", 0.25, 0)
+    name = "model.layers.0.mlp.experts.gate_up_proj"
+    base = load_model(moe).state_dict()[name]
+    whole, kept = one[name] - base, ties.model.state_dict()[name] - base
+    for expert in range(4):
+        wanted = whole[expert].abs() >= whole[expert].abs().flatten().kthvalue(int(0.75 * whole[expert].numel()) + 1)[0]
+        assert torch.allclose(kept[expert], whole[expert] * wanted, atol=1e-6)
+    assert ties.difference is None
+
+
+def test_an_adapter_that_changes_nothing_is_refused(moe: Path, tmp_path: Path) -> None:
+    adapter(moe, tmp_path / "a", seed=1, zero=True)
+    with pytest.raises(ArtifactError, match="does not change the model"):
+        merge(load_model(moe), [(tmp_path / "a", 1.0)], IDS, "linear", 0.5, 0)
+
+
+def test_a_dense_model_is_adapted_in_its_feed_forward_blocks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(**SHAPE, tie_word_embeddings=True, initializer_range=0.1)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    wanted = adapter(tmp_path / "base", tmp_path / "a", 1)
+    merged = merge(load_model(tmp_path / "base").eval(), [(tmp_path / "a", 1.0)], IDS, "linear", 0.5, 0)
+    assert merged.changed == {"experts": (0, 0), "others": (14, 14)}
+    with torch.no_grad():
+        assert float((merged.model(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
