@@ -5,6 +5,7 @@ parallelism; those of hpc/model/adapters.py compute the same from activations. O
 peft's `target_parameters`.
 """
 
+import json
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hpc.config import AdapterTraining
-from hpc.errors import ArtifactError
+from hpc.config import AdapterTraining, ExpertChoice
+from hpc.errors import ArtifactError, ConfigError
 from hpc.model.adapters import PLACE, Beside, ExpertAdapters, LowRank, first_A
+from hpc.model.routing import PASSPORT
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -26,11 +28,18 @@ DENSE = ["gate_proj", "up_proj", "down_proj"]
 """Feed-forward matrices of a model without experts."""
 
 
-def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int, rank: int = 0) -> nn.Module:
+Chosen = Mapping[int, list[int]]
+"""Layer -> experts that are adapted."""
+
+
+def attach(
+    model: PreTrainedModel, settings: AdapterTraining, seed: int, rank: int = 0, chosen: Chosen | None = None
+) -> nn.Module:
     """Freeze the model and add adapters that change nothing yet (B = 0), in place. Raises ArtifactError if a target is
     absent.
 
-    rank: of this process; under expert parallelism it holds the adapters of its own experts.
+    rank: of this process; under expert parallelism it holds the adapters of its own experts. chosen: the experts that
+    are adapted, None for all.
     """
     torch.manual_seed(seed)
     blocks = _expert_blocks(model)
@@ -40,7 +49,8 @@ def attach(model: PreTrainedModel, settings: AdapterTraining, seed: int, rank: i
         inject_adapter_in_model(_config(settings, targets, has_experts=False), model)
     if settings.experts and blocks:
         for name, layer, experts in blocks:
-            layer.add_module(PLACE, _beside(name, experts, settings, seed, rank))
+            adapted = None if chosen is None else chosen.get(int(name.rsplit(".", 1)[-1]), [])
+            layer.add_module(PLACE, _beside(name, experts, settings, seed, rank, adapted))
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     feed_forward = ".experts." if blocks else ".mlp."
     for wanted, part in ((settings.attention, ".self_attn."), (settings.experts, feed_forward)):
@@ -65,6 +75,28 @@ def _config(settings: AdapterTraining, targets: list[str], *, has_experts: bool)
     )
 
 
+def choose_experts(choice: ExpertChoice, base: Path, num_experts: int) -> Chosen:
+    """Layer -> experts to adapt, by name or by the passport of the base. Raises ArtifactError or ConfigError."""
+    if choice.named is not None:
+        for layer, experts in choice.named.items():
+            if beyond := [expert for expert in experts if expert >= num_experts]:
+                raise ConfigError(f"expert_choice.named.{layer} has expert {beyond[0]} of {num_experts}: count from 0")
+        return dict(choice.named)
+    assert choice.top_loaded is not None
+    try:
+        loads = json.loads((base / PASSPORT).read_text(encoding="utf-8"))["assignments"]
+    except (OSError, ValueError, KeyError):
+        raise ArtifactError(
+            f"expert_choice.top_loaded needs the router passport of the base, and {base} has none: take named experts, "
+            "or a base that was trained here"
+        ) from None
+    count = max(1, round(choice.top_loaded * num_experts))
+    return {
+        layer: sorted(sorted(range(len(load)), key=lambda expert: -load[expert])[:count])
+        for layer, load in enumerate(loads)
+    }
+
+
 def _expert_blocks(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     """(name, decoder layer, fused experts) of every layer that has experts."""
     found = []
@@ -75,7 +107,9 @@ def _expert_blocks(model: nn.Module) -> list[tuple[str, nn.Module, nn.Module]]:
     return found
 
 
-def _beside(name: str, experts: Any, settings: AdapterTraining, seed: int, rank: int) -> Beside:
+def _beside(
+    name: str, experts: Any, settings: AdapterTraining, seed: int, rank: int, adapted: list[int] | None
+) -> Beside:
     """Adapters of the experts of one layer that this rank holds; they start alike in every layout."""
     size = settings.parallel.expert_parallel_size
     made = []
@@ -83,7 +117,11 @@ def _beside(name: str, experts: Any, settings: AdapterTraining, seed: int, rank:
         num_experts, out_features, width = weight.shape
         start = first_A(num_experts, settings.rank, width, zlib.crc32(f"{seed} {name} {part}".encode()))
         own = start.chunk(size)[rank % size].clone()
-        adapter = LowRank(own, out_features, settings.alpha / settings.rank, None)
+        mask = None
+        if adapted is not None:
+            mask = torch.zeros(num_experts).index_fill_(0, torch.tensor(adapted, dtype=torch.long), 1.0)
+            mask = mask.chunk(size)[rank % size]
+        adapter = LowRank(own, out_features, settings.alpha / settings.rank, mask)
         if size > 1:
             for parameter in adapter.parameters():
                 mark: Any = parameter  # what DeepSpeed knows an expert's parameter by

@@ -21,6 +21,7 @@ from hpc.config.stages import (
 )  # fmt: skip
 from hpc.config.train import (
     AdapterTraining,
+    ExpertChoice,
     Finetuning,
     Health,
     Optimizer,
@@ -32,8 +33,8 @@ from hpc.config.train import (
 )  # fmt: skip
 
 __all__ = [
-    "AdapterTraining", "Artifact", "Balance", "Evaluate", "Facility", "Finetune", "Finetuning", "Health", "Init",
-    "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel", "Prepare",
-    "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router", "RunConfig", "Schedule", "Source",
-    "Stage", "Tracking", "Training", "TrainingBase", "Upcycle",
+    "AdapterTraining", "Artifact", "Balance", "Evaluate", "ExpertChoice", "Facility", "Finetune", "Finetuning",
+    "Health", "Init", "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel",
+    "Prepare", "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router", "RunConfig", "Schedule",
+    "Source", "Stage", "Tracking", "Training", "TrainingBase", "Upcycle",
 ]  # fmt: skip

@@ -340,6 +340,22 @@ class Finetuning(TrainingBase):
     """What keeps the load of its experts even; nothing to a dense model."""
 
 
+class ExpertChoice(Frozen):
+    """Which experts get adapters; the others stay as they are, and their part of an adapter stays zero."""
+
+    top_loaded: float | None = Field(default=None, gt=0, le=1)
+    """Part of each layer's experts, those that most tokens went to by the base's router passport."""
+
+    named: dict[NonNegativeInt, list[NonNegativeInt]] | None = None
+    """Layer -> experts; layers that are not named keep theirs."""
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.top_loaded is None) == (self.named is None):
+            raise ValueError("experts are chosen by top_loaded or named: give exactly one of the two")
+        return self
+
+
 class AdapterTraining(TrainingBase):
     """Fine-tuning low-rank adapters on a frozen model (LoRA, arXiv:2106.09685)."""
 
@@ -353,7 +369,10 @@ class AdapterTraining(TrainingBase):
     """Adapt the query, key, value and output projections."""
 
     experts: bool = True
-    """Adapt the experts' matrices (all of them), or the feed-forward matrices of a dense model."""
+    """Adapt the experts' matrices, or the feed-forward matrices of a dense model."""
+
+    expert_choice: ExpertChoice | None = None
+    """Adapt only some experts; all of them when left out."""
 
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:

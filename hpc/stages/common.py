@@ -28,6 +28,12 @@ def experts_per_token(config: Any) -> int:
     return int(getattr(config, "num_experts_per_tok", None) or 0)
 
 
+def experts_of(config: Any) -> int:
+    """Routed experts in a layer of a transformers model, 0 for a dense one."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    return next((int(getattr(config, name)) for name in names if getattr(config, name, None)), 0)
+
+
 def token_facts(tokens: Path) -> dict[str, Any]:
     """tokens.json of a `prepare` stage: vocab_size, end_of_text_id, tokens and bytes of each part."""
     facts: dict[str, Any] = json.loads((tokens / "tokens.json").read_text(encoding="utf-8"))

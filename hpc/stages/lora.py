@@ -2,14 +2,14 @@
 
 import shutil
 
-from hpc.adapt.lora import attach, base_name, save_adapter, trainable_parameters
+from hpc.adapt.lora import attach, base_name, choose_experts, save_adapter, trainable_parameters
 from hpc.config import Lora
 from hpc.config.model import Balance
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, experts_per_token, mixture
+from hpc.stages.common import begin_training, experts_of, experts_per_token, mixture
 from hpc.stages.training import training_result
 from hpc.train.loop import Job, on_first_rank, train
 
@@ -28,7 +28,8 @@ def run(context: Context) -> Result:
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()
-    adapted = attach(model, settings, context.task.seed, context.world.rank)
+    chosen = choose_experts(settings.expert_choice, base, experts_of(config)) if settings.expert_choice else None
+    adapted = attach(model, settings, context.task.seed, context.world.rank, chosen)
     trainable = trainable_parameters(adapted)
     job = Job(
         model=adapted,

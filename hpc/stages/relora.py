@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from hpc.adapt.lora import attach, base_name, train_unadapted, trainable_parameters
+from hpc.adapt.lora import attach, base_name, choose_experts, train_unadapted, trainable_parameters
 from hpc.adapt.relora import restart
 from hpc.config import Relora
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, experts_per_token, mixture
+from hpc.stages.common import begin_training, experts_of, experts_per_token, mixture
 from hpc.stages.training import training_result, write_trained
 from hpc.train.engine import Engine
 from hpc.train.loop import Job, train
@@ -25,7 +25,8 @@ def run(context: Context) -> Result:
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()
-    adapted = attach(model, settings, seed, context.world.rank)
+    chosen = choose_experts(settings.expert_choice, folder, experts_of(config)) if settings.expert_choice else None
+    adapted = attach(model, settings, seed, context.world.rank, chosen)
     train_unadapted(adapted)
 
     def end_cycle(engine: Engine, done: int) -> dict[str, Any]:

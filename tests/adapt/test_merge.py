@@ -1,5 +1,6 @@
 """Adapters as peft knows them, folded into their base: exact, expert by expert, alone or several together."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from hpc.adapt.lora import attach, base_name, save_adapter
+from hpc.adapt.lora import attach, base_name, choose_experts, save_adapter
 from hpc.adapt.merge import merge
-from hpc.config.train import AdapterTraining
-from hpc.errors import ArtifactError
+from hpc.config.train import AdapterTraining, ExpertChoice
+from hpc.errors import ArtifactError, ConfigError
+from hpc.model.adapters import adapted_layers
 from hpc.model.build import empty_model, load_config, load_model
 from hpc.model.experts import use_backend
+from hpc.model.routing import PASSPORT
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -35,10 +38,10 @@ def moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def adapter(base: Path, folder: Path, seed: int, *, zero: bool = False) -> torch.Tensor:
+def adapter(base: Path, folder: Path, seed: int, *, zero: bool = False, chosen: Any = None) -> torch.Tensor:
     """Write an adapter with random B; returns the logits of base + adapter as we compute them in training."""
     loaded = load_model(base).state_dict()
-    model: Any = attach(empty_model(load_config(base)), SETTINGS, seed)
+    model: Any = attach(empty_model(load_config(base)), SETTINGS, seed, chosen=chosen)
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,6 +50,9 @@ def adapter(base: Path, folder: Path, seed: int, *, zero: bool = False) -> torch
                 parameter.copy_(loaded[known])
             elif not zero and (".lora_B." in name or name.endswith(".B")):
                 parameter.normal_(std=0.1)
+        for number, (_, _, adapters) in enumerate(adapted_layers(model)):  # what training leaves of the others
+            for expert in set(range(4)) - set(range(4) if chosen is None else chosen[number]):
+                adapters.gate_up.B[expert] = adapters.down.B[expert] = 0.0
     state = {name: p.detach() for name, p in model.named_parameters() if base_name(name) is None}
     save_adapter(state, SETTINGS, folder, has_experts=any(".adapter." in name for name in state))
     use_backend(model, "grouped_mm")
@@ -98,6 +104,23 @@ def test_ties_keeps_the_larger_half_of_each_expert_and_where_signs_agree(moe: Pa
         wanted = whole[expert].abs() >= whole[expert].abs().flatten().kthvalue(int(0.75 * whole[expert].numel()) + 1)[0]
         assert torch.allclose(kept[expert], whole[expert] * wanted, atol=1e-6)
     assert ties.difference is None
+
+
+def test_only_chosen_experts_change(moe: Path, tmp_path: Path) -> None:
+    """The passport says where tokens went; half of each layer's experts are adapted, and only those are merged."""
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / PASSPORT).write_text(json.dumps({"assignments": [[5, 1, 9, 2], [3, 8, 7, 1]]}))
+    chosen = choose_experts(ExpertChoice(top_loaded=0.5), tmp_path / "base", 4)
+    assert chosen == {0: [0, 2], 1: [1, 2]}
+    wanted = adapter(moe, tmp_path / "a", seed=1, chosen=chosen)
+    merged = merge(load_model(moe).eval(), [(tmp_path / "a", 1.0)], IDS, "linear", 0.5, 0)
+    assert merged.changed["experts"] == (8, 16)
+    with torch.no_grad():
+        assert float((merged.model(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
+    with pytest.raises(ArtifactError, match="has none: take named experts"):
+        choose_experts(ExpertChoice(top_loaded=0.5), moe, 4)
+    with pytest.raises(ConfigError, match="expert 4 of 4"):
+        choose_experts(ExpertChoice(named={0: [4]}), moe, 4)
 
 
 def test_an_adapter_that_changes_nothing_is_refused(moe: Path, tmp_path: Path) -> None:
