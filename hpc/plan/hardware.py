@@ -29,6 +29,8 @@ class Accelerator:
     """One accelerator and the links that it sits on."""
 
     name: str
+    family: str
+    """Generation: what part of the peak training reaches is a property of it (hpc/plan/step_time.py)."""
     flops: Mapping[str, float]
     """Dense peak by precision (bf16, fp8, fp4), FLOP/s. A precision that is not listed runs as the next wider one."""
     memory_bytes: float
@@ -40,6 +42,8 @@ class Accelerator:
     domain: int
     """Accelerators that share the fast link."""
     power_w: float
+    exponentials_per_s: float
+    """exp() a second outside the matrix units: what the softmax of attention waits for."""
     source: str
 
     def peak(self, precision: str) -> float:
@@ -51,8 +55,14 @@ class Accelerator:
         return self.flops["bf16"]
 
 
+_EXPONENTIALS = {"B200": 5e12, "GB200": 5e12, "B300": 10.7e12, "GB300": 10.7e12, "H20": 4.1e12, "H100-PCIe": 3.3e12}
+"""[3]; the H100 has as many units as the B200 (vanshverma.com/notes/flashattention-4-blackwell). Elsewhere the ratio of
+the H100's, one for 240 FLOP."""
+
+
 def _accelerator(
     name: str,
+    family: str,
     tflops: tuple[float, ...],
     memory_gb: float,
     hbm_tb_s: float,
@@ -64,6 +74,7 @@ def _accelerator(
     """From the units of data sheets: TFLOP/s at bf16, fp8, fp4; GB; TB/s; GB/s of (fast link, network); W."""
     return Accelerator(
         name,
+        family,
         {precision: value * 1e12 for precision, value in zip(("bf16", "fp8", "fp4"), tflops, strict=False)},
         memory_gb * 1e9,
         hbm_tb_s * 1e12,
@@ -71,32 +82,35 @@ def _accelerator(
         links_gb_s[1] * 1e9,
         domain,
         power_w,
+        _EXPONENTIALS.get(name, tflops[0] * 1e12 / 240),
         source,
     )
 
 
 _LIST = (
-    _accelerator("V100", (125,), 16, 0.9, (150, 12.5), 8, 300, "[2][8]; network: one 100 Gb/s port, assumed"),
-    _accelerator("A100-40GB", (312,), 40, 1.555, (300, 25), 8, 400, "[2][3][4]"),
-    _accelerator("A100", (312,), 80, 2.039, (300, 25), 8, 400, "[2][3][4]"),
-    _accelerator("A800", (312,), 80, 2.039, (200, 25), 8, 400, "[8]; network as A100"),
-    _accelerator("H100", (989, 1979), 80, 3.35, (450, 50), 8, 700, "[1][2]"),
-    _accelerator("H100-PCIe", (756, 1513), 80, 2.0, (63, 50), 8, 350, "[1][2]; power: half of SXM, assumed"),
-    _accelerator("H800", (989, 1979), 80, 3.35, (200, 50), 8, 700, "[8]; network as H100"),
-    _accelerator("H200", (989, 1979), 141, 4.8, (450, 50), 8, 700, "[1][2]"),
-    _accelerator("H20", (148, 296), 96, 4.0, (450, 50), 8, 400, "[8]; power assumed"),
-    _accelerator("GH200", (989, 1979), 96, 4.0, (450, 25), 4, 680, "[1][6]"),
-    _accelerator("B200", (2250, 4500, 9000), 192, 8.0, (900, 50), 8, 1000, "[1][2][3]; network as H100"),
-    _accelerator("B300", (2250, 4500, 13125), 288, 8.0, (900, 100), 8, 1100, "[3]"),
-    _accelerator("GB200", (2500, 5000, 10000), 192, 8.0, (900, 50), 72, 1200, "[1][2][3]; network as H100"),
-    _accelerator("GB300", (2500, 5000, 15000), 288, 8.0, (900, 100), 72, 1400, "[3]"),
-    _accelerator("MI250X", (191.5,), 64, 1.64, (350, 12.5), 8, 280, "[1][2][5]; one die of two"),
-    _accelerator("MI300X", (1307.4, 2614.9), 192, 5.3, (448, 50), 8, 750, "[1][2]; network as H100"),
-    _accelerator("MI325X", (1307.4, 2614.9), 256, 6.0, (448, 50), 8, 1000, "[2][7]; network as H100"),
-    _accelerator("MI350X", (2300, 4600, 9200), 288, 8.0, (448, 50), 8, 1000, "[1][7]; links as MI325X"),
-    _accelerator("MI355X", (2500, 5000, 10000), 288, 8.0, (448, 50), 8, 1400, "[7]; links as MI325X"),
-    _accelerator("L40S", (362, 733), 48, 0.864, (31, 25), 8, 350, "[1][2]; PCIe; power and network assumed"),
-    _accelerator("A10", (125,), 24, 0.6, (31, 12.5), 8, 150, "[8]; PCIe; power and network assumed"),
+    _accelerator("V100", "volta", (125,), 16, 0.9, (150, 12.5), 8, 300, "[2][8]; network: one 100 Gb/s port, assumed"),
+    _accelerator("A100-40GB", "ampere", (312,), 40, 1.555, (300, 25), 8, 400, "[2][3][4]"),
+    _accelerator("A100", "ampere", (312,), 80, 2.039, (300, 25), 8, 400, "[2][3][4]"),
+    _accelerator("A800", "ampere", (312,), 80, 2.039, (200, 25), 8, 400, "[8]; network as A100"),
+    _accelerator("H100", "hopper", (989, 1979), 80, 3.35, (450, 50), 8, 700, "[1][2]"),
+    _accelerator("H100-PCIe", "hopper", (756, 1513), 80, 2.0, (63, 50), 8, 350, "[1][2]; power: half of SXM, assumed"),
+    _accelerator("H800", "hopper", (989, 1979), 80, 3.35, (200, 50), 8, 700, "[8]; network as H100"),
+    _accelerator("H200", "hopper", (989, 1979), 141, 4.8, (450, 50), 8, 700, "[1][2]"),
+    _accelerator("H20", "hopper", (148, 296), 96, 4.0, (450, 50), 8, 400, "[8]; power assumed"),
+    _accelerator("GH200", "hopper", (989, 1979), 96, 4.0, (450, 25), 4, 680, "[1][6]"),
+    _accelerator("B200", "blackwell", (2250, 4500, 9000), 192, 8.0, (900, 50), 8, 1000, "[1][2][3]; network as H100"),
+    _accelerator("B300", "blackwell", (2250, 4500, 13125), 288, 8.0, (900, 100), 8, 1100, "[3]"),
+    _accelerator(
+        "GB200", "blackwell", (2500, 5000, 10000), 192, 8.0, (900, 50), 72, 1200, "[1][2][3]; network as H100"
+    ),
+    _accelerator("GB300", "blackwell", (2500, 5000, 15000), 288, 8.0, (900, 100), 72, 1400, "[3]"),
+    _accelerator("MI250X", "cdna2", (191.5,), 64, 1.64, (350, 12.5), 8, 280, "[1][2][5]; one die of two"),
+    _accelerator("MI300X", "cdna3", (1307.4, 2614.9), 192, 5.3, (448, 50), 8, 750, "[1][2]; network as H100"),
+    _accelerator("MI325X", "cdna3", (1307.4, 2614.9), 256, 6.0, (448, 50), 8, 1000, "[2][7]; network as H100"),
+    _accelerator("MI350X", "cdna4", (2300, 4600, 9200), 288, 8.0, (448, 50), 8, 1000, "[1][7]; links as MI325X"),
+    _accelerator("MI355X", "cdna4", (2500, 5000, 10000), 288, 8.0, (448, 50), 8, 1400, "[7]; links as MI325X"),
+    _accelerator("L40S", "ada", (362, 733), 48, 0.864, (31, 25), 8, 350, "[1][2]; PCIe; power and network assumed"),
+    _accelerator("A10", "ampere", (125,), 24, 0.6, (31, 12.5), 8, 150, "[8]; PCIe; power and network assumed"),
 )
 
 ACCELERATORS: Mapping[str, Accelerator] = {item.name: item for item in _LIST}
