@@ -78,6 +78,8 @@ class Shape:
 
     def mamba_products(self) -> list[tuple[int, int]]:
         """Input and output projection of one state-space layer (Mamba 2, arXiv:2405.21060)."""
+        if not self.mamba_layers:
+            return []
         inner = 2 * self.mamba_inner + 2 * self.mamba_groups * self.mamba_state + self.mamba_heads
         return [(self.hidden, inner), (self.mamba_inner, self.hidden)]
 
@@ -128,11 +130,12 @@ class Shape:
         routed = self.moe_layers * self.top_k * _size(self.expert_products())
         return self.dense_parameters - embedding + routed
 
-    def attention_flops(self, seq: int) -> float:
-        """Forward FLOPs per token of scores and weighted values, over the keys that a causal mask leaves."""
+    def attention_flops(self, seq: int, windows: bool = True) -> float:
+        """Forward FLOPs per token of scores and weighted values, over the keys that a causal mask and windows leave."""
         per_key = 2.0 * self.heads * (self.head_dim + self.values)
-        full = (self.attention_layers - self.windowed_layers) * (seq / 2)
-        return per_key * (full + self.windowed_layers * min(self.window, seq / 2))
+        windowed = self.windowed_layers if windows else 0
+        full = (self.attention_layers - windowed) * (seq / 2)
+        return per_key * (full + windowed * min(self.window, seq / 2))
 
     def state_flops(self) -> float:
         """Forward FLOPs per token of the state-space scans: state update and readout."""
