@@ -15,19 +15,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
-from math import log2
+from math import ceil, log2
 from pathlib import Path
 from typing import Any
 
 from hpc.plan.hardware import Accelerator
 from hpc.plan.shapes import Shape
 from hpc.plan.traffic import (
+    copies,
     context_parallel_bytes,
     data_parallel_bytes,
     expert_parallel_bytes,
     pipeline_bytes,
     ring_seconds,
-    seconds,
     tensor_parallel_bytes,
 )
 
@@ -35,6 +35,9 @@ PRECISIONS = ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")
 """fp8: one scale per tensor. fp8_block: scales per 128 x 128 and 1 x 128. mxfp8, nvfp4: per 32 and 16 values."""
 FORMAT_OF = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 
+TILE = 256
+"""Longer side of the tiles in which Hopper's and Blackwell's kernels compute a product (docs.nvidia.com, matrix
+multiplication guide: tile quantization). A side of 1856 is computed as 2048."""
 OPERAND_ITEM = {"bf16": 1.0, "fp8": 2 / 3, "fp4": 1 / 2}
 """Bytes of two inputs and one bf16 output of a product, over those of three bf16 operands."""
 
@@ -224,8 +227,14 @@ def _product(rows: float, inputs: int, outputs: float, rate: float, short: tuple
 
     `short` are the lengths of rows, and of inputs or outputs, at which the operands' traffic takes as long as the FLOPs.
     """
-    flops = 6.0 * rows * inputs * outputs
+    wide, tall = _padding(outputs), _padding(inputs)
+    flops = 2.0 * rows * inputs * outputs * (wide + tall + wide * tall)
     return flops / rate * (1 + short[0] / max(rows, 1) + short[1] * (1 / inputs + 1 / outputs))
+
+
+def _padding(side: float) -> float:
+    """Work of whole tiles over work asked for, along one side of a product's result."""
+    return ceil(side / TILE) * TILE / side
 
 
 def _products(
@@ -235,6 +244,7 @@ def _products(
     form = FORMAT_OF[layout.precision]
     rate = hardware.peak(form) * c.gemm(hardware.family, form)
     plain = hardware.peak("bf16") * c.gemm(hardware.family, "bf16")
+    mixer = plain if form == "fp4" and shape.mamba_layers else rate  # hybrid recipes keep fp4 to the experts
     tp = layout.tensor
 
     def total(products: list[tuple[int, int]], rows: float, split: int, at: float) -> float:
@@ -243,8 +253,8 @@ def _products(
         return sum(_product(rows, k, n / split, at, short) for k, n in products)
 
     dense = (
-        shape.attention_layers * total(shape.attention_products(), tokens, tp, rate)
-        + shape.mamba_layers * total(shape.mamba_products(), tokens, tp, rate)
+        shape.attention_layers * total(shape.attention_products(), tokens, tp, mixer)
+        + shape.mamba_layers * total(shape.mamba_products(), tokens, tp, mixer)
         + shape.dense_layers * total(shape.feed_forward_products(shape.dense_size), tokens, tp, rate)
         + shape.moe_layers * total(shape.always_products(), tokens, tp, rate)
     )
@@ -317,13 +327,13 @@ def _collectives(
     if layout.expert > 1 and shape.moe_layers:
         item = 1.0 if layout.precision == "fp8_block" else 2.0
         width = shape.latent or shape.hidden
-        each = expert_parallel_bytes(tokens / tp, width, shape.top_k, layout.expert, item)
         inside = min(layout.expert, hardware.domain)
-        nodes = layout.expert / inside
+        nodes = max(1, layout.expert // inside)
+        ranks = copies(shape.top_k, layout.expert)
+        each = expert_parallel_bytes(tokens / tp, width, ranks, layout.expert, item)
         expert = each * c.expert_exposed / hardware.link_bytes_per_s
-        if nodes > 1:  # a token crosses to a node once, however many of its experts are there
-            distinct = nodes * (1 - (1 - 1 / nodes) ** shape.top_k)
-            crossing = each * distinct / shape.top_k * (nodes - 1) / nodes
+        if nodes > 1:
+            crossing = expert_parallel_bytes(tokens / tp, width, copies(shape.top_k, nodes), nodes, item)
             expert = max(expert, crossing * c.expert_network / hardware.network_bytes_per_s)
         expert *= shape.moe_layers
     pipeline = 0.0

@@ -26,6 +26,15 @@ def expert_parallel_bytes(
     return 2 * tokens * top_k * hidden * share(group) * (dispatch_item + combine_item)
 
 
+def copies(top_k: float, places: float) -> float:
+    """Places (ranks, nodes) among which a token's K experts are found, in the mean, when all are equally likely.
+
+    A dispatcher that sends a token once to a place, however many of its experts are there, moves this many copies
+    instead of K (DeepEP, arXiv:2412.19437, section 3.2.2).
+    """
+    return places * (1 - (1 - 1 / places) ** top_k)
+
+
 def tensor_parallel_bytes(tokens: float, hidden: int, group: int, item: float = 2.0) -> float:
     """One transformer layer and micro-batch: two all-reduces of T x H forward and two backward.
 
