@@ -1,8 +1,8 @@
 """Fit the constants of the step-time model to published runs, towards their priors. Writes hpc/plan/step_time.json.
 
 Gauss-Newton on log(predicted / measured) with the logarithms of the constants as unknowns. A source counts as the
-square root of its rows, so that one long table does not outvote all others, and large residuals count in proportion, not
-squared: a wrong row pulls like any other. Each constant is held to its prior by its own width: what was measured
+square root of its rows, so that one long table does not outvote all others, and large residuals count in proportion,
+not squared: a wrong row pulls like any other. Each constant is held to its prior by its own width: what was measured
 elsewhere moves little, what was assumed moves freely, and what the rows say nothing about stays where it was.
 """
 
@@ -11,19 +11,21 @@ from collections import Counter
 from collections.abc import Sequence
 from math import exp, log, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from hpc.bench.plan_rows import Row, predicted
-from hpc.plan import step_time as model
-from hpc.plan.step_time import Constants, as_dict, constants, names, step_time
+from hpc.bench.plan_rows import PUBLISHED, Row, predicted, read
+from hpc.plan.constants import FITTED, Constants, as_dict, constants, fitted, names
+from hpc.plan.step_time import step_time
 
-FITTED = Path(model.__file__).parent / "step_time.json"
-MEASURED_WIDTH, ASSUMED_WIDTH = 0.08, 0.35
-"""Standard deviation of a prior's logarithm: 8 % for what was measured, a factor of 1.4 for what was assumed."""
-FREE_WIDTH = 1.5
-FREE = ("mamba_bytes",)
-MEASURED = ("gemm_ampere", "gemm_hopper", "fp8_hopper", "gemm_cdna3", "bubble")
+ASSUMED_WIDTH = 0.35
+"""Standard deviation of a prior's logarithm: a factor of 1.4 for what was assumed."""
+WIDTHS = {
+    **dict.fromkeys(("gemm_ampere", "gemm_hopper", "fp8_hopper", "gemm_cdna3", "bubble"), 0.08),
+    "mamba_bytes": 1.5,
+}
+"""8 % for what was measured elsewhere; almost free for what nothing is known about."""
 ERROR_WIDTH = 0.12
 """Residuals below this count squared, larger ones in proportion."""
 STEP = 1e-3
@@ -34,7 +36,7 @@ def fit(rows: Sequence[Row], start: Constants | None = None) -> Constants:
     """The constants that predict the rows best."""
     keys = names()
     priors = np.array([log(value) for value in as_dict(Constants()).values()])
-    widths = np.array([MEASURED_WIDTH if key in MEASURED else FREE_WIDTH if key in FREE else ASSUMED_WIDTH for key in keys])
+    widths = np.array([WIDTHS.get(key, ASSUMED_WIDTH) for key in keys])
     counts = Counter(row.source for row in rows)
     weights = np.array([1 / sqrt(sqrt(counts[row.source])) for row in rows])
     point = np.array([log(value) for value in as_dict(start or Constants()).values()])
@@ -68,17 +70,18 @@ def _seconds(row: Row, c: Constants) -> float:
     return step_time(row.shape, row.layout, row.accelerator, c).seconds
 
 
-def write(rows: Sequence[Row]) -> None:
+def write(path: Path = PUBLISHED) -> None:
     """Fit on all rows, and on all but each source and each accelerator; write the file that the estimator reads."""
-    scored = [row for row in rows if row.reason is None]
+    scored = [row for row in read(path) if row.reason is None]
     everything = fit(scored)
-    found = {"all": _rounded(everything), "without_source": {}, "without_hardware": {}}
+    found: dict[str, Any] = {"all": _rounded(everything), "without_source": {}, "without_hardware": {}}
     for source in sorted({row.source for row in scored}):
         found["without_source"][source] = _rounded(fit([r for r in scored if r.source != source], everything))
     for name in sorted({row.accelerator.name for row in scored if row.accelerator}):
         others = [r for r in scored if r.accelerator and r.accelerator.name != name]
         found["without_hardware"][name] = _rounded(fit(others, everything))
     FITTED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    fitted.cache_clear()
 
 
 def _rounded(c: Constants) -> dict[str, float]:

@@ -1,8 +1,8 @@
 """Published training runs as rows of a CSV: from the spellings that people use to what the estimator takes.
 
-Columns: hardware, gpus, model, precision, seq, gbs, mbs, tp, pp, vp, cp, ep, fsdp_or_dp, recompute, metric, value; source
-and note are kept, others are ignored. An empty cell means 1, or what is usual. A row that cannot be scored keeps the
-reason and is shown with it.
+Columns: hardware, gpus, model, precision, seq, gbs, mbs, tp, pp, vp, cp, ep, fsdp_or_dp, recompute, metric, value;
+source and note are kept, others are ignored. An empty cell means 1, or what is usual. A row that cannot be scored keeps
+the reason and is shown with it.
 """
 
 import csv
@@ -48,6 +48,11 @@ class Row:
     accelerator: Accelerator | None = None
     metric: Metric | None = None
     measured: float | None = None
+    """In seconds, tokens, samples, FLOP/s; utilization as a fraction."""
+    unit: float = 1.0
+    """`measured` over the cell's value."""
+    assumed: tuple[str, ...] = ()
+    """Empty cells that matter and were filled with what is usual."""
     reason: str | None = None
     """Why it cannot be scored."""
 
@@ -65,7 +70,8 @@ def read(path: Path) -> list[Row]:
             columns = [(name or "").strip().lower() for name in reader.fieldnames or []]
             missing = [name for name in REQUIRED if name not in columns]
             if missing:
-                raise ConfigError(f"{path}: no column {missing[0]!r}; the first line has {', '.join(columns) or 'nothing'}")
+                has = ", ".join(columns) or "nothing"
+                raise ConfigError(f"{path}: no column {missing[0]!r}; the first line has {has}")
             reader.fieldnames = columns
             lines = [{k: (v or "").strip() for k, v in line.items() if isinstance(k, str) and not isinstance(v, list)}
                      for line in reader]  # fmt: skip
@@ -86,9 +92,11 @@ def parse(cells: Mapping[str, str]) -> Row:
         layout = _layout(cells, shape, accelerator)
     except GreenMoEError as error:
         return Row(cells, reason=str(error))
-    if metric.kind == "utilization":
-        measured = measured / 100 if measured > 1 else measured
-    return Row(cells, shape, layout, accelerator, metric, measured * metric.scale)
+    unit = 0.01 if metric.kind == "utilization" and measured > 1 else metric.scale
+    assumed = [name for name in ("gpus", "precision", "seq", "gbs", "mbs") if not cells.get(name)]
+    assumed += ["vp"] if layout.pipeline > 1 and not cells.get("vp") else []
+    assumed += ["ep"] if shape.moe_layers and not cells.get("ep") else []
+    return Row(cells, shape, layout, accelerator, metric, measured * unit, unit, tuple(assumed))
 
 
 def _number(text: str, name: str) -> float | None:
@@ -114,8 +122,8 @@ def _count(cells: Mapping[str, str], name: str) -> int | None:
 def _layout(cells: Mapping[str, str], shape: Shape, accelerator: Accelerator) -> Layout:
     tp, pp, cp = (_count(cells, name) or 1 for name in ("tp", "pp", "cp"))
     gpus = _count(cells, "gpus") or max(8, tp * pp * cp)
-    if gpus % (tp * pp * cp):
-        raise ConfigError(f"tp {tp} x pp {pp} x cp {cp} does not divide {gpus} gpus")
+    if gpus < tp * pp * cp:
+        raise ConfigError(f"tp {tp} x pp {pp} x cp {cp} are more than {gpus} gpus")
     seq = _count(cells, "seq") or 4096
     replicas = gpus // (tp * pp * cp)
     batch = _count(cells, "gbs")
@@ -144,7 +152,7 @@ def _layout(cells: Mapping[str, str], shape: Shape, accelerator: Accelerator) ->
 
 
 def _virtual(shape: Shape, pp: int, micro_batches: float) -> int:
-    """Virtual stages where they are not stated: one, unless the bubble would be large; then a stage's layers allow it."""
+    """Virtual stages where not stated: one, unless the bubble would be large and a stage has layers to split."""
     if pp == 1 or (pp - 1) / micro_batches < 0.15:
         return 1
     layers = max(shape.attention_layers, shape.mamba_layers)
@@ -207,7 +215,8 @@ def _metric(text: str) -> Metric:
     if "mfu" in plain or "hfu" in plain or "utili" in plain or plain in ("% of peak", "percent of peak"):
         return Metric("utilization", causal=causal, hardware=counted)
     if "flop" in plain:
-        scale = next((value for name, value in (("pflop", 1e15), ("gflop", 1e9), ("petaflop", 1e15)) if name in plain), 1e12)
+        scales = {"pflop": 1e15, "petaflop": 1e15, "gflop": 1e9}
+        scale = next((value for name, value in scales.items() if name in plain), 1e12)
         return Metric("flops", scale, ranked or scale < 1e15, causal, counted)
     if "hour" in plain or "day" in plain:
         hours = 24.0 if "day" in plain else 1.0

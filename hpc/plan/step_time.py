@@ -11,19 +11,16 @@ memory (norms, activations, permutation, quantization to fp8), starts of kernels
 hidden. A step: micro-batches, the pipeline's bubble, data-parallel traffic that is left over, the optimizer.
 """
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from functools import cache
+from dataclasses import dataclass
 from math import ceil, log2
-from pathlib import Path
-from typing import Any
 
+from hpc.plan.constants import Constants, constants
 from hpc.plan.hardware import Accelerator
 from hpc.plan.shapes import Shape
 from hpc.plan.traffic import (
-    copies,
     context_parallel_bytes,
+    copies,
     data_parallel_bytes,
     expert_parallel_bytes,
     pipeline_bytes,
@@ -78,83 +75,6 @@ class Layout:
 
 
 @dataclass(frozen=True)
-class Constants:
-    """What is not on a data sheet. Every value is positive; the default is the prior of the fit, with its source."""
-
-    gemm_volta: float = 0.75
-    gemm_ampere: float = 0.87
-    """Measured: 271 of 312 TFLOP/s (stas00/ml-engineering @ b9e2972), as for the next ones."""
-    gemm_hopper: float = 0.80
-    gemm_blackwell: float = 0.78
-    """Assumed between Hopper's bf16 and fp8."""
-    gemm_cdna2: float = 0.60
-    """Assumed as CDNA 3."""
-    gemm_cdna3: float = 0.55
-    """Measured: 0.51 (MI300X), 0.60 (MI325X)."""
-    gemm_cdna4: float = 0.60
-    fp8_hopper: float = 0.71
-    """Measured, as gemm_ampere."""
-    fp8_blackwell: float = 0.78
-    fp8_cdna: float = 0.50
-    fp4_blackwell: float = 0.65
-    """Assumed; some layers of an fp4 recipe stay in fp8 or bf16."""
-    operand_bytes: float = 1.0
-    """Traffic of a product's operands that is not hidden behind it, in passes over them, for short weights."""
-    row_bytes: float = 1.0
-    """The same for few rows."""
-    attention: float = 0.65
-    """Part of the bf16 peak for scores and values (FlashAttention 2 and 3: 0.5 to 0.75)."""
-    attention_flash2: float = 0.35
-    """The same on Hopper for FlashAttention 2: 35 % (pytorch.org/blog/flashattention-3)."""
-    exponentials: float = 1.0
-    """Passes of exp() over the scores, forward and backward, that are not hidden."""
-    element_bytes: float = 1.0
-    """Passes of norms, residuals and activations over memory, of those that the code below counts."""
-    eager_bytes: float = 1.5
-    """That many times more of them with PyTorch's own kernels."""
-    moe_bytes: float = 1.5
-    """The same for permutation and weighting of routed tokens."""
-    cast_bytes: float = 1.0
-    """The same for quantization to fp8."""
-    cast_scales: float = 1.3
-    """More of that when scales are fine (blocks, mx, nvfp4)."""
-    layer_us: float = 600.0
-    """Host time to start one dense or attention layer's kernels, forward and backward, microseconds. It shows where the
-    accelerator is done sooner."""
-    moe_us: float = 5000.0
-    """The same for an MoE layer: routing, permutation, a wait for sizes."""
-    expert_us: float = 20.0
-    """The same for one more local expert."""
-    tensor_exposed: float = 0.6
-    """Part of the tensor-parallel collectives' time that is not hidden, at the links' data-sheet bandwidth."""
-    context_exposed: float = 0.5
-    expert_exposed: float = 1.2
-    """All-to-all inside the fast domain; above 1: slower than the data sheet, and not hidden."""
-    expert_network: float = 1.2
-    """All-to-all over the network."""
-    data_exposed: float = 1.3
-    """Data-parallel collectives: time over that at data-sheet bandwidth, before hiding."""
-    pipeline_exposed: float = 0.3
-    bubble: float = 1.0
-    """Of the bubble of interleaved 1F1B."""
-    selective: float = 0.25
-    """What selective recomputation repeats of a forward pass."""
-    mamba_bytes: float = 4.0
-    """Passes over memory of a state-space layer's scan."""
-    doubling: float = 0.005
-    """Slow-down for each doubling of the ranks beyond eight: stragglers, longer rings."""
-
-    def gemm(self, family: str, form: str) -> float:
-        """Part of the peak that a large product reaches."""
-        base = getattr(self, f"gemm_{family}", self.gemm_hopper)
-        if form == "bf16":
-            return float(base)
-        vendor = "cdna" if family.startswith("cdna") else family
-        eight = getattr(self, f"fp8_{vendor}", self.fp8_hopper)
-        return float(eight if form == "fp8" else self.fp4_blackwell)
-
-
-@dataclass(frozen=True)
 class StepTime:
     """Seconds of a step and of its parts; the parts add up."""
 
@@ -164,23 +84,6 @@ class StepTime:
     def seconds(self) -> float:
         """Whole step."""
         return sum(self.parts.values())
-
-
-@cache
-def fitted() -> dict[str, Any]:
-    """step_time.json: constants fitted on all published rows, and without each source and hardware."""
-    found: dict[str, Any] = json.loads((Path(__file__).parent / "step_time.json").read_text(encoding="utf-8"))
-    return found
-
-
-def constants(values: Mapping[str, float] | None = None) -> Constants:
-    """The fitted constants, or those of a mapping."""
-    return replace(Constants(), **(fitted()["all"] if values is None else values))
-
-
-def names() -> tuple[str, ...]:
-    """Names of the constants."""
-    return tuple(field.name for field in fields(Constants))
 
 
 def step_time(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants | None = None) -> StepTime:
@@ -225,7 +128,8 @@ def _micro_batch(shape: Shape, layout: Layout, hardware: Accelerator, c: Constan
 def _product(rows: float, inputs: int, outputs: float, rate: float, short: tuple[float, float]) -> float:
     """Forward and backward of one product: six FLOPs a weight and row, slower when a side is short.
 
-    `short` are the lengths of rows, and of inputs or outputs, at which the operands' traffic takes as long as the FLOPs.
+    `short` are the lengths of rows, and of inputs or outputs, at which the operands' traffic takes as long as the
+    FLOPs.
     """
     wide, tall = _padding(outputs), _padding(inputs)
     flops = 2.0 * rows * inputs * outputs * (wide + tall + wide * tall)
@@ -276,9 +180,7 @@ def _attention(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants
     return 3.5 * forward / (hardware.peak("bf16") * part) + 2 * c.exponentials * keys / hardware.exponentials_per_s
 
 
-def _memory(
-    shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, tokens: float
-) -> tuple[float, float]:
+def _memory(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, tokens: float) -> tuple[float, float]:
     """Seconds of what only passes through memory, and of quantization. Two bytes a value; counts are reads + writes."""
     h, ffn = shape.hidden, shape.matrices - 1
     heads = shape.heads * shape.head_dim + 2 * shape.kv_heads * shape.head_dim
@@ -289,7 +191,8 @@ def _memory(
     )
     routed = shape.moe_layers * shape.top_k * 8 * (shape.latent or h)
     scan = shape.mamba_layers * (14 * h + 12 * shape.mamba_inner)
-    moved = c.element_bytes * (c.eager_bytes if layout.eager else 1.0) * values + c.moe_bytes * routed + c.mamba_bytes * scan
+    passes = c.element_bytes * (c.eager_bytes if layout.eager else 1.0)
+    moved = passes * values + c.moe_bytes * routed + c.mamba_bytes * scan
     cast = 0.0
     if layout.precision != "bf16":
         always = shape.always_products()
@@ -344,9 +247,7 @@ def _collectives(
     return c.tensor_exposed * ring_seconds(tensor, tp, *links), context, expert, pipeline
 
 
-def _data_parallel(
-    shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, window: float
-) -> float:
+def _data_parallel(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, window: float) -> float:
     """Seconds of gradients and weights between replicas that a micro-batch's work (`window`) does not hide."""
     links = (hardware.domain, hardware.link_bytes_per_s, hardware.network_bytes_per_s)
     group = max(1, layout.gpus // (layout.tensor * layout.pipeline))
@@ -385,8 +286,3 @@ def _optimizer(shape: Shape, layout: Layout, hardware: Accelerator) -> float:
         dense /= layout.shard or max(1, layout.gpus // split)
         experts /= max(1, layout.gpus // (layout.pipeline * layout.expert))
     return 30.0 * (dense + experts) / hardware.hbm_bytes_per_s
-
-
-def as_dict(c: Constants) -> dict[str, float]:
-    """Names and values, as step_time.json holds them."""
-    return asdict(c)

@@ -32,7 +32,7 @@ def copies(top_k: float, places: float) -> float:
     A dispatcher that sends a token once to a place, however many of its experts are there, moves this many copies
     instead of K (DeepEP, arXiv:2412.19437, section 3.2.2).
     """
-    return places * (1 - (1 - 1 / places) ** top_k)
+    return places * (1.0 - float((1.0 - 1.0 / places) ** top_k))
 
 
 def tensor_parallel_bytes(tokens: float, hidden: int, group: int, item: float = 2.0) -> float:
