@@ -1,12 +1,14 @@
 """Shapes of known models by the names people give them, and a standard shape for a name that only says a size.
 
 Sources of the shapes, read 2026-11-25: configuration classes of transformers 5.23 (Mixtral 8x7B, OLMoE, DeepSeek-V3,
-GPT-OSS 120B, Llama 4, Nemotron, Qwen2-MoE); AI-Hypercomputer/maxtext src/maxtext/configs/models (Llama 2 and 3,
-DeepSeek V2, Kimi K2, Mixtral 8x22B, GPT-OSS 20B, Qwen3); NVIDIA-NeMo/Megatron-Bridge nemotron_h_provider.py @ 160cccc
-(Nemotron H, 3 Nano, 3 Super); NVIDIA/dgxc-benchmarking (Nemotron 4 15B, GPT-3 175B, Llama 3.1); the table of
-arXiv:2407.21783 (Llama 3); mosaicml/llm-foundry (MPT, whose parameter counts fix the shapes); jzhang38/TinyLlama.
-Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B, Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo,
-DBRX): published parameter or FLOP counts confirm the first seven. tests/plan/test_step_time.py holds the counts.
+GPT-OSS 120B, Llama 4, Nemotron, Qwen2-MoE, GLM-4.5-Air, MiniMax M2, Phi-MoE, Gemma); AI-Hypercomputer/maxtext
+src/maxtext/configs/models (Llama 2 and 3, DeepSeek V2, Kimi K2, Mixtral 8x22B, GPT-OSS 20B, Qwen3);
+NVIDIA-NeMo/Megatron-Bridge nemotron_h_provider.py @ 160cccc (Nemotron H, 3 Nano, 3 Super); NVIDIA/dgxc-benchmarking
+(Nemotron 4 15B, GPT-3 175B, Llama 3.1); the table of arXiv:2407.21783 (Llama 3); mosaicml/llm-foundry (MPT, whose
+parameter counts fix the shapes); jzhang38/TinyLlama. Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B,
+Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo, DBRX; depth and expert width of Arctic, JetMoE, Skywork-MoE):
+published parameter or FLOP counts confirm the first seven and the last three. tests/plan/test_step_time.py holds the
+counts.
 """
 
 import re
@@ -118,6 +120,18 @@ SHAPES: dict[str, Shape] = {
         _HYBRID, hidden=4096, attention_layers=10, heads=32, kv_heads=2, moe_layers=42, experts=512, top_k=22,
         expert_size=2688, shared_size=5376, latent=1024, mamba_layers=40, mamba_inner=8192, mamba_state=128,
         mamba_heads=128, extra_heads=2),
+    "glm45air": replace(
+        _moe(4096, 46, 128, 8, 1408, 96, 8, 151552, dim=128, shared=1408), moe_layers=45, dense_layers=1,
+        dense_size=10944),
+    "minimaxm2": _moe(3072, 62, 256, 8, 1536, 48, 8, 200064, dim=128),
+    "phi35": _moe(4096, 32, 16, 2, 6400, 32, 8, 32064),
+    "phi3mini": _dense(3072, 32, 8192, 32, 32, 32064),
+    "gemma7b": _dense(3072, 28, 24576, 16, 16, 256000, dim=256, tied=True),
+    "gemma22b": _dense(2304, 26, 9216, 8, 4, 256000, dim=256, tied=True),
+    "jet": _moe(2048, 24, 8, 2, 5632, 32, 16, 32000, dim=128),
+    "arctic": replace(
+        _moe(7168, 35, 128, 2, 4864, 56, 8, 32000), dense_layers=35, dense_size=7168),
+    "skywork146b": _moe(4608, 52, 16, 2, 12288, 36, 36, 65536),
     "mpt125m": _gpt(768, 12, 12, 50368),
     "mpt350m": _gpt(1024, 24, 16, 50368),
     "mpt760m": _gpt(1536, 24, 12, 50368),
@@ -131,6 +145,8 @@ SHAPES: dict[str, Shape] = {
 """Shapes by plain name: small letters and digits only."""
 
 _REWRITES = (
+    (r"jetmoe(8b)?(a2b)?", "jet"),
+    (r"phi(35|3)?moe.*", "phi35"),
     (r"meta|mosaicml?|mosaicgpt|nvidia|pretrain(ing)?|base|instruct|dense|model|(?<!ol)moe(?!a)|hf|v01", ""),
     (r"dropless|tokendrop", ""),
     (r"llama3[123]|llama3[123](?=\d+b)", "llama3"),
@@ -158,6 +174,12 @@ _REWRITES = (
     (r"^gptneox(?=20b)|^neox(?=20b)", "gptneox"),
     (r"^gpt(175b|22b|20b|5b)$", r"gpt3\1"),
     (r"^bloom$", "bloom176b"),
+    (r"nemotron5h?(?=8b|47b|56b)", "nemotronh"),
+    (r"(snowflake)?arctic(480b)?.*", "arctic"),
+    (r"^skywork(146b)?(a22b)?$", "skywork146b"),
+    (r"glm45air.*", "glm45air"),
+    (r"minimaxm2.*", "minimaxm2"),
+    (r"^(phi3mini|gemma7b)[^b]*$", r"\1"),
     (r"^mixtral(7b)?$", "mixtral8x7b"),
     (r"mixtral7x8b", "mixtral8x7b"),
     (r"^(dbrx).*", r"\1"),
@@ -211,28 +233,39 @@ def _standard(name: str, stated: str) -> Shape:
         )
     number, unit = size[-1]
     parameters = float(number) * {"m": 1e6, "b": 1e9, "t": 1e12}[unit]
-    if re.search(r"gpt|opt|bloom|neox|pythia|megatron", stated):
-        hidden, layers = _aspect(parameters, 12.0)
+    if re.search(r"gpt|opt|bloom|neox|pythia|megatron|nlg", stated) or parameters < 1e9:
+        for hidden, layers in _MEGATRON:
+            if abs(12 * layers * hidden**2 / parameters - 1) < 0.06:
+                break
+        else:
+            hidden, layers = _aspect(parameters, 12.0, 51200)
         return _gpt(hidden, layers, max(1, hidden // 128))
     return _llama(parameters)
 
 
-def _aspect(parameters: float, per_layer: float) -> tuple[int, int]:
-    """Width and depth with H about 100 x L for 10B (as Llama, GPT-3), and N = per_layer x L x H^2."""
+_MEGATRON = ((3072, 30), (4096, 36), (6144, 40), (6144, 48), (8192, 48), (10240, 60), (12288, 80), (12288, 96),
+             (16384, 96), (20480, 105), (25600, 128))  # fmt: skip
+"""Width and depth of the GPT models that others compare with: table 1 of arXiv:2104.04473, 22B and 175B."""
+
+
+def _aspect(parameters: float, per_layer: float, vocabulary: int) -> tuple[int, int]:
+    """Width and depth with H about 100 x L for 10B (as Llama, GPT-3), and N = per_layer x L x H^2 + vocabulary x H."""
     hidden = (parameters / per_layer * 110) ** (1 / 3)
     hidden = max(256, round(hidden / 256) * 256)
-    return hidden, max(1, round(parameters / per_layer / hidden**2))
+    return hidden, max(1, round((parameters - vocabulary * hidden) / per_layer / hidden**2))
 
 
 def _llama(parameters: float) -> Shape:
-    hidden, layers = _aspect(parameters, 12.5)
-    return _dense(hidden, layers, round(3.0 * hidden / 256) * 256, max(1, hidden // 128), max(1, min(8, hidden // 128)),
+    hidden, layers = _aspect(parameters, 12.5, 128000)
+    return _dense(hidden, layers, round(3.4 * hidden / 256) * 256, max(1, hidden // 128), max(1, min(8, hidden // 128)),
                   64000)  # fmt: skip
 
 
 def _fine_grained(total: float, used: float) -> Shape:
-    """128 experts of which 8 are used, sized so that the routed part makes up what is not always used."""
-    hidden, layers = _aspect(used, 9.0)
+    """Eight experts of many: their size and number make up what is used and what is not always used."""
+    hidden, layers = _aspect(used, 16.0, 200000)
     always = layers * 2.25 * hidden**2 + 2 * 100000 * hidden
-    size = max(128, round((total - always) / (layers * 128 * 3 * hidden) / 64) * 64)
-    return _moe(hidden, layers, 128, 8, size, max(1, hidden // 128), max(1, hidden // 1024), 100000)
+    routed = max(0.25 * used, used - always)
+    experts = max(16, round(8 * (total - always) / routed / 16) * 16)
+    size = max(128, round(routed / (8 * layers * 3 * hidden) / 64) * 64)
+    return _moe(hidden, layers, experts, 8, size, max(1, hidden // 128), max(1, hidden // 1024), 100000)
