@@ -5,10 +5,10 @@ GPT-OSS 120B, Llama 4, Nemotron, Qwen2-MoE, GLM-4.5-Air, MiniMax M2, Phi-MoE, Ge
 src/maxtext/configs/models (Llama 2 and 3, DeepSeek V2, Kimi K2, Mixtral 8x22B, GPT-OSS 20B, Qwen3);
 NVIDIA-NeMo/Megatron-Bridge nemotron_h_provider.py @ 160cccc (Nemotron H, 3 Nano, 3 Super); NVIDIA/dgxc-benchmarking
 (Nemotron 4 15B, GPT-3 175B, Llama 3.1); the table of arXiv:2407.21783 (Llama 3); mosaicml/llm-foundry (MPT, whose
-parameter counts fix the shapes); jzhang38/TinyLlama. Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B,
-Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo, DBRX; depth and expert width of Arctic, JetMoE, Skywork-MoE):
-published parameter or FLOP counts confirm the first seven and the last three. tests/plan/test_step_time.py holds the
-counts.
+parameter counts fix the shapes); jzhang38/TinyLlama. Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B, Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo,
+DBRX; depth and expert width of Arctic, JetMoE, Skywork-MoE): published parameter or FLOP counts confirm the first seven
+and the last three. Nemotron 3 Ultra is Super with all widths doubled, assumed: 505B of its 550B.
+tests/plan/test_step_time.py holds the counts.
 """
 
 import re
@@ -132,6 +132,10 @@ SHAPES: dict[str, Shape] = {
     "arctic": replace(
         _moe(7168, 35, 128, 2, 4864, 56, 8, 32000), dense_layers=35, dense_size=7168),
     "skywork146b": _moe(4608, 52, 16, 2, 12288, 36, 36, 65536),
+    "nemotron3ultra": replace(
+        _HYBRID, hidden=8192, attention_layers=10, heads=64, kv_heads=4, moe_layers=42, experts=512, top_k=22,
+        expert_size=5376, shared_size=10752, latent=2048, mamba_layers=40, mamba_inner=16384, mamba_state=128,
+        mamba_heads=256, extra_heads=2),
     "mpt125m": _gpt(768, 12, 12, 50368),
     "mpt350m": _gpt(1024, 24, 16, 50368),
     "mpt760m": _gpt(1536, 24, 12, 50368),
@@ -161,6 +165,7 @@ _REWRITES = (
     (r"olmoe(1b7b)?", "olmoe"),
     (r"nemotron3?nano(30b)?(a3b)?", "nemotron3nano"),
     (r"nemotron3?super(120b)?(a12b)?", "nemotron3super"),
+    (r"nemotron3?ultra(550b)?(a55b)?", "nemotron3ultra"),
     (r"nemotron4?(?=15b|22b|340b)", "nemotron4"),
     (r"nemotron3?(?=8b)", "nemotron3"),
     (r"llama4(17b16e|scout)(109b)?.*", "llama4scout"),

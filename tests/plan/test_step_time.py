@@ -56,7 +56,14 @@ def test_flops_per_token_are_those_behind_published_tflops(
 
 @pytest.mark.parametrize(
     ("name", "billions"),
-    [("GPT 22B", 22), ("MPT-7B", 7), ("Some-13B", 13), ("Foo 8x7B", 46.7), ("Bar-120B-A12B", 120), ("125M model", 0.125)],
+    [
+        ("GPT 22B", 22),
+        ("MPT-7B", 7),
+        ("Some-13B", 13),
+        ("Foo 8x7B", 46.7),
+        ("Bar-120B-A12B", 120),
+        ("125M model", 0.125),
+    ],
 )
 def test_an_unknown_model_gets_a_standard_shape_of_its_size(name: str, billions: float) -> None:
     shape = catalogue.find(name)

@@ -26,9 +26,7 @@ def test_expert_parallel_sends_every_token_to_its_experts_and_back_forward_and_b
     ("top_k", "places", "expected"),
     [(1, 8, 1), (8, 1, 1), (2, 2, 1.5), (2, 4, 1.75), (3, 2, 1.75)],  # 2 of 4: 1 if both coincide (1/4), else 2
 )
-def test_a_token_goes_once_to_a_place_that_has_several_of_its_experts(
-    top_k: int, places: int, expected: float
-) -> None:
+def test_a_token_goes_once_to_a_place_that_has_several_of_its_experts(top_k: int, places: int, expected: float) -> None:
     assert copies(top_k, places) == pytest.approx(expected)
 
 
