@@ -147,8 +147,15 @@ def _layout(cells: Mapping[str, str], shape: Shape, accelerator: Accelerator) ->
         gpus=gpus, seq=seq, global_batch=batch, micro_batch=micro, tensor=tp, pipeline=pp,
         virtual=virtual, context=cp, expert=expert, zero_stage=zero_stage, shard=shard,
         recompute=_recompute(cells.get("recompute", "")), precision=precision(cells.get("precision", "")),
+        unfused=_before_flash_attention(cells.get("precision", ""), accelerator),
         eager=not shape.moe_layers and bool(re.search("fsdp|shard", cells.get("fsdp_or_dp", ""), re.IGNORECASE)),
     )  # fmt: skip
+
+
+def _before_flash_attention(text: str, accelerator: Accelerator) -> bool:
+    """FlashAttention does not run on Volta; on Ampere, fp16 is what ran before it and before bf16."""
+    half = "fp16" in text.lower() or "float16" in text.lower().replace("bfloat16", "")
+    return accelerator.family == "volta" or (accelerator.family == "ampere" and half)
 
 
 def _virtual(shape: Shape, pp: int, micro_batches: float) -> int:

@@ -105,6 +105,7 @@ _LIST = (
     ),
     _accelerator("GB300", "blackwell", (2500, 5000, 15000), 288, 8.0, (900, 100), 72, 1400, "[3]"),
     _accelerator("MI250X", "cdna2", (191.5,), 64, 1.64, (350, 12.5), 8, 280, "[1][2][5]; one die of two"),
+    _accelerator("MI250", "cdna2", (362.1,), 128, 3.2, (300, 25), 4, 500, "[9]; a card, both dies; four cards a node"),
     _accelerator("MI300X", "cdna3", (1307.4, 2614.9), 192, 5.3, (448, 50), 8, 750, "[1][2]; network as H100"),
     _accelerator("MI325X", "cdna3", (1307.4, 2614.9), 256, 6.0, (448, 50), 8, 1000, "[2][7]; network as H100"),
     _accelerator("MI350X", "cdna4", (2300, 4600, 9200), 288, 8.0, (448, 50), 8, 1000, "[1][7]; links as MI325X"),
@@ -117,7 +118,7 @@ ACCELERATORS: Mapping[str, Accelerator] = {item.name: item for item in _LIST}
 """Known accelerators by name."""
 
 _ALIASES = {
-    "MI250": "MI250X", "A10040GB": "A100-40GB", "A10080GB": "A100", "H100PCIE": "H100-PCIe", "MI355": "MI355X",
+    "A10040GB": "A100-40GB", "A10080GB": "A100", "H100PCIE": "H100-PCIe", "MI355": "MI355X",
     "MI350": "MI350X", "MI300": "MI300X", "MI325": "MI325X", "MI250XGCD": "MI250X", "GH20096GB": "GH200",
 }  # fmt: skip
 _NOISE = ("NVIDIA", "AMD", "INSTINCT", "TESLA", "DGX", "HGX", "SXM5", "SXM4", "SXM3", "SXM2", "SXM", "GPUS", "GPU",

@@ -35,6 +35,9 @@ FORMAT_OF = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp8": "fp8", "
 TILE = 256
 """Longer side of the tiles in which Hopper's and Blackwell's kernels compute a product (docs.nvidia.com, matrix
 multiplication guide: tile quantization). A side of 1856 is computed as 2048."""
+SCORE_PASSES = 2 * 15
+"""Two-byte passes over scores without FlashAttention: forward products write and read them, softmax and dropout read and
+write them (6); backward 9. Twice, because the causal half that is masked passes as well."""
 OPERAND_ITEM = {"bf16": 1.0, "fp8": 2 / 3, "fp4": 1 / 2}
 """Bytes of two inputs and one bf16 output of a product, over those of three bf16 operands."""
 
@@ -59,6 +62,8 @@ class Layout:
     """Ranks over which ZeRO shards; all data-parallel ranks when None (hybrid sharding: those of one node)."""
     recompute: str = "none"
     precision: str = "bf16"
+    unfused: bool = False
+    """Scores of attention pass through memory, as before FlashAttention (2022)."""
     eager: bool = False
     """PyTorch's own kernels: FlashAttention 2, which Hopper runs at half of what newer kernels reach, and element-wise
     work that passes through memory more often than in fused kernels."""
@@ -132,8 +137,9 @@ def _product(rows: float, inputs: int, outputs: float, rate: float, short: tuple
     FLOPs.
     """
     wide, tall = _padding(outputs), _padding(inputs)
-    flops = 2.0 * rows * inputs * outputs * (wide + tall + wide * tall)
-    return flops / rate * (1 + short[0] / max(rows, 1) + short[1] * (1 / inputs + 1 / outputs))
+    tiles = (wide + tall + wide * tall) / 3
+    traffic = short[0] / max(rows, 1) + short[1] * (1 / inputs + 1 / outputs)
+    return 6.0 * rows * inputs * outputs / rate * (tiles + traffic)
 
 
 def _padding(side: float) -> float:
@@ -176,8 +182,10 @@ def _attention(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants
     """
     forward = shape.attention_flops(layout.seq, windows=False) * tokens / layout.tensor
     keys = forward / (2.0 * (shape.head_dim + shape.values))
+    unfused = 2.0 * SCORE_PASSES * keys / hardware.hbm_bytes_per_s if layout.unfused else 0.0
     part = c.attention_flash2 if layout.eager and hardware.family == "hopper" else c.attention
-    return 3.5 * forward / (hardware.peak("bf16") * part) + 2 * c.exponentials * keys / hardware.exponentials_per_s
+    products = 3.5 * forward / (hardware.peak("bf16") * part)
+    return products + 2 * c.exponentials * keys / hardware.exponentials_per_s + unfused
 
 
 def _memory(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, tokens: float) -> tuple[float, float]:
