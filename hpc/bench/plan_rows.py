@@ -248,14 +248,16 @@ def _metric(text: str) -> Metric:
 def counts_causal(row: Row) -> bool:
     """Whether attention is counted under the mask where the metric does not say it.
 
-    MFU counts it in full (arXiv:2204.02311); Megatron's TFLOP halve it since 2025, which is where Blackwell and most
-    Hopper figures come from.
+    MFU counts it in full (arXiv:2204.02311), and so do PyTorch's trainers; Megatron's TFLOP halve it since 2025, which
+    is where Blackwell and most Hopper figures come from.
     """
     assert row.metric is not None
     assert row.accelerator is not None
+    assert row.layout is not None
     if row.metric.causal is not None:
         return row.metric.causal
-    return row.metric.kind == "flops" and row.accelerator.family in ("hopper", "blackwell", "cdna3", "cdna4")
+    recent = row.accelerator.family in ("hopper", "blackwell", "cdna3", "cdna4")
+    return row.metric.kind == "flops" and recent and not row.layout.eager
 
 
 def predicted(row: Row, seconds: float) -> float:

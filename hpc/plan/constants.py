@@ -39,6 +39,8 @@ class Constants:
     """Traffic of a product's operands that is not hidden behind it, in passes over them, for short weights."""
     row_bytes: float = 1.0
     """The same for few rows."""
+    grouped: float = 0.9
+    """Rate of the experts' grouped products over that of one product; assumed."""
     attention: float = 0.65
     """Part of the bf16 peak for scores and values (FlashAttention 2 and 3: 0.5 to 0.75)."""
     attention_flash2: float = 0.35
@@ -50,7 +52,7 @@ class Constants:
     eager_bytes: float = 1.5
     """That many times more of them with PyTorch's own kernels."""
     moe_bytes: float = 1.5
-    """The same for permutation and weighting of routed tokens."""
+    """The same for routed tokens: permutation, activation, weighting."""
     cast_bytes: float = 1.0
     """The same for quantization to fp8."""
     cast_scales: float = 1.3

@@ -14,8 +14,10 @@ Sources, read 2026-11-25, by number in `source`:
 [6] apps.fz-juelich.de/jsc/hps/jupiter/configuration.html (GH200: 96 GB at 4 TB/s, NDR200, 680 W)
 [7] aiwiki.ai and rooflinenotes.dev/accelerators (MI325X, MI355X)
 [8] citsjtu2020/LLM-Prof hardware_spec.md (H20, H800, A10, L20), maosong.website/p/nvidia-gpu-specs (V100)
+[9] stored files 54498307300, 62005427167, 55961688160 (MI250), databricks.com/blog/training-llms-scale-amd-mi250-gpus
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -120,6 +122,7 @@ ACCELERATORS: Mapping[str, Accelerator] = {item.name: item for item in _LIST}
 _ALIASES = {
     "A10040GB": "A100-40GB", "A10080GB": "A100", "H100PCIE": "H100-PCIe", "MI355": "MI355X",
     "MI350": "MI350X", "MI300": "MI300X", "MI325": "MI325X", "MI250XGCD": "MI250X", "GH20096GB": "GH200",
+    "LUMI": "MI250X", "FRONTIER": "MI250X",
 }  # fmt: skip
 _NOISE = ("NVIDIA", "AMD", "INSTINCT", "TESLA", "DGX", "HGX", "SXM5", "SXM4", "SXM3", "SXM2", "SXM", "GPUS", "GPU",
           "NVL72", "SUPERCHIP", "HOPPER", "BLACKWELL", "SUPERPOD", "EOS", "OAM")  # fmt: skip
@@ -131,6 +134,7 @@ def find(name: str) -> Accelerator:
     ConfigError names the known ones.
     """
     key = "".join(letter for letter in name.upper() if letter.isalnum())
+    key = re.sub(r"^\d+X(?=[A-Z])", "", key)  # '8xH100'
     for word in _NOISE:
         key = key.replace(word, "")
     known = {"".join(c for c in item.upper() if c.isalnum()): item for item in ACCELERATORS}

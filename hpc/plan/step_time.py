@@ -170,7 +170,7 @@ def _products(
     )
     local = max(1.0, shape.experts / layout.expert)
     rows = tokens / tp * shape.top_k / local  # each of the tp ranks routes its own part of the tokens
-    experts = shape.moe_layers * local * total(shape.expert_products(), rows, 1, rate)
+    experts = shape.moe_layers * local * total(shape.expert_products(), rows, 1, rate) / c.grouped
     head = total(shape.head_products(), tokens, tp, plain) + 20.0 * tokens * shape.vocab / tp / hardware.hbm_bytes_per_s
     return dense, experts, head
 
@@ -195,9 +195,12 @@ def _memory(shape: Shape, layout: Layout, hardware: Accelerator, c: Constants, t
     values = (
         shape.attention_layers * (14 * h + 6 * heads)
         + shape.dense_layers * (14 * h + 4 * ffn * shape.dense_size)
-        + shape.moe_layers * (14 * h + 4 * ffn * (shape.shared_size + shape.top_k * shape.expert_size))
+        + shape.moe_layers * (14 * h + 4 * ffn * shape.shared_size)
     )
-    routed = shape.moe_layers * shape.top_k * 8 * (shape.latent or h)
+    routed = shape.moe_layers * (
+        13 * h  # the router works in fp32: copies of its input and of its gradient
+        + shape.top_k * (8 * (shape.latent or h) + 4 * ffn * shape.expert_size)
+    )
     scan = shape.mamba_layers * (14 * h + 12 * shape.mamba_inner)
     passes = c.element_bytes * (c.eager_bytes if layout.eager else 1.0)
     moved = passes * values + c.moe_bytes * routed + c.mamba_bytes * scan
