@@ -5,7 +5,9 @@ GPT-OSS 120B, Llama 4, Nemotron, Qwen2-MoE, GLM-4.5-Air, MiniMax M2, Phi-MoE, Ge
 src/maxtext/configs/models (Llama 2 and 3, DeepSeek V2, Kimi K2, Mixtral 8x22B, GPT-OSS 20B, Qwen3);
 NVIDIA-NeMo/Megatron-Bridge nemotron_h_provider.py @ 160cccc (Nemotron H, 3 Nano, 3 Super); NVIDIA/dgxc-benchmarking
 (Nemotron 4 15B, GPT-3 175B, Llama 3.1); the table of arXiv:2407.21783 (Llama 3); mosaicml/llm-foundry (MPT, whose
-parameter counts fix the shapes); jzhang38/TinyLlama. Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B, Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo,
+parameter counts fix the shapes); jzhang38/TinyLlama; table 1 of arXiv:2104.04473 (GPT from 1.7B to 1008B).
+
+Memory helped with the rest (GPT-3 5B and 20B, Nemotron 3 8B, Nemotron 4 22B and 340B, Grok 1, BLOOM, Qwen 2.5, OLMo,
 DBRX; depth and expert width of Arctic, JetMoE, Skywork-MoE): published parameter or FLOP counts confirm the first seven
 and the last three. Nemotron 3 Ultra is Super with all widths doubled, assumed: 505B of its 550B.
 tests/plan/test_step_time.py holds the counts.

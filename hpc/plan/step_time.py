@@ -33,11 +33,10 @@ PRECISIONS = ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")
 FORMAT_OF = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 
 TILE = 256
-"""Longer side of the tiles in which Hopper's and Blackwell's kernels compute a product (docs.nvidia.com, matrix
-multiplication guide: tile quantization). A side of 1856 is computed as 2048."""
+"""Side of the tiles in which a product is computed, at the larger end; assumed. A side of 1856 costs as 2048."""
 SCORE_PASSES = 2 * 15
-"""Two-byte passes over scores without FlashAttention: forward products write and read them, softmax and dropout read and
-write them (6); backward 9. Twice, because the causal half that is masked passes as well."""
+"""Two-byte passes over scores without FlashAttention: forward, products, softmax and dropout write and read them (6);
+backward 9. Twice, because the masked half of them passes as well."""
 OPERAND_ITEM = {"bf16": 1.0, "fp8": 2 / 3, "fp4": 1 / 2}
 """Bytes of two inputs and one bf16 output of a product, over those of three bf16 operands."""
 

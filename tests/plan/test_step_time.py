@@ -100,6 +100,27 @@ def test_accelerators_are_found_by_the_names_that_people_write(name: str, expect
     assert find(name).name == expected
 
 
+def test_sides_that_are_no_whole_tiles_cost_as_the_next_whole_ones() -> None:
+    """Nemotron 3 Nano's 1856 is computed as 2048, its 2688 as 2816: results are w, t and w t times larger."""
+    nano, h100 = catalogue.find("Nemotron 3 Nano"), ACCELERATORS["H100"]
+    c = replace(Constants(), operand_bytes=1e-9, row_bytes=1e-9)
+    layout = Layout(gpus=1, seq=8192, global_batch=8, micro_batch=8)
+    wide, tall = 2048 / 1856, 2816 / 2688
+    flops = 6.0 * 23 * 6 * 2 * 2688 * 1856 * 8 * 8192
+    expected = flops * (wide + tall + wide * tall) / 3 / (h100.peak("bf16") * c.gemm_hopper * c.grouped)
+    assert step_time(nano, layout, h100, c).parts["experts"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_attention_without_flash_attention_waits_for_memory() -> None:
+    """GPT 1.7B: 24 layers x 24 heads x 2048 keys (half of them masked), 15 passes of two bytes."""
+    gpt = catalogue.find("GPT 1.7B (h=2304 L=24 a=24 V=51200)")
+    fused = Layout(gpus=1, seq=2048, global_batch=1, micro_batch=1)
+    more = [
+        step_time(gpt, replace(fused, unfused=flag), ACCELERATORS["A100"]).parts["attention"] for flag in (False, True)
+    ]
+    assert more[1] - more[0] == pytest.approx(24 * 24 * 2048 * 2048 * 15 * 2 / 2.039e12)
+
+
 def test_a_rack_keeps_64_experts_on_its_fast_links() -> None:
     wide = replace(LAYOUT, tensor=1, pipeline=1, expert=64)
     rack, nodes = ACCELERATORS["GB200"], replace(ACCELERATORS["GB200"], domain=8)
@@ -126,9 +147,10 @@ def test_a_compute_bound_product_runs_at_the_fitted_part_of_the_peak() -> None:
 
 hardware = st.sampled_from(sorted(ACCELERATORS.values(), key=lambda item: item.name))
 layouts = st.builds(
-    Layout, gpus=st.sampled_from([64, 512]), seq=st.sampled_from([2048, 8192]), global_batch=st.sampled_from([64, 2048]),
-    micro_batch=st.sampled_from([1, 4]), tensor=st.sampled_from([1, 8]), pipeline=st.sampled_from([1, 4]),
-    virtual=st.sampled_from([1, 2]), context=st.sampled_from([1, 2]), expert=st.sampled_from([1, 8, 16]),
+    Layout, gpus=st.sampled_from([64, 512]), seq=st.sampled_from([2048, 8192]),
+    global_batch=st.sampled_from([64, 2048]), micro_batch=st.sampled_from([1, 4]),
+    tensor=st.sampled_from([1, 8]), pipeline=st.sampled_from([1, 4]), virtual=st.sampled_from([1, 2]),
+    context=st.sampled_from([1, 2]), expert=st.sampled_from([1, 8, 16]),
     zero_stage=st.sampled_from([0, 1, 3]), recompute=st.sampled_from(["none", "selective", "full"]),
     precision=st.sampled_from(PRECISIONS), eager=st.booleans(),
 )  # fmt: skip
