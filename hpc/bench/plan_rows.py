@@ -59,7 +59,8 @@ class Row:
     @property
     def source(self) -> str:
         """Repository or paper, without the file: what leave-one-source-out leaves out."""
-        return re.split(r"[\s,]", self.cells.get("source") or "not stated")[0]
+        stated = self.cells.get("source")
+        return re.split(r"[\s,]", stated)[0] if stated else "not stated"
 
 
 def read(path: Path) -> list[Row]:
@@ -236,7 +237,7 @@ def _metric(text: str) -> Metric:
     if "sample" in plain or "seq" in plain:
         return Metric("samples", per_rank=ranked)
     if any(word in plain for word in ("tok", "tps", "tgs", "wps", "throughput")):
-        ranked = ranked or "tgs" in plain
+        ranked = ranked or plain in ("tgs", "tps", "wps")
         scale = 1e3 if re.search(r"\bk ?tok|kilo", plain) else 1.0
         return Metric("tokens" if ranked else "tokens of all", scale, ranked)
     raise ConfigError(

@@ -221,10 +221,10 @@ def _hinted(hints: dict[str, int]) -> Shape:
 
 def _standard(name: str, stated: str) -> Shape:
     """A shape for a size: Llama-like when dense, Mixtral-like for '8x7B', fine-grained for '30B-A3B'."""
-    sizes = re.search(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*b", stated)
+    sizes = re.search(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*([mb])", stated)
     if sizes:
-        experts, each = int(sizes[1]), float(sizes[2])
-        dense = _llama(each * 1e9)
+        experts, each = int(sizes[1]), float(sizes[2]) * (1e6 if sizes[3] == "m" else 1e9)
+        dense = _sized(each, like_gpt=False)
         return replace(
             dense, dense_layers=0, moe_layers=dense.attention_layers, experts=experts, top_k=2,
             expert_size=dense.dense_size)  # fmt: skip
@@ -240,14 +240,18 @@ def _standard(name: str, stated: str) -> Shape:
         )
     number, unit = size[-1]
     parameters = float(number) * {"m": 1e6, "b": 1e9, "t": 1e12}[unit]
-    if re.search(r"gpt|opt|bloom|neox|pythia|megatron|nlg", stated) or parameters < 1e9:
-        for hidden, layers in _MEGATRON:
-            if abs(12 * layers * hidden**2 / parameters - 1) < 0.06:
-                break
-        else:
-            hidden, layers = _aspect(parameters, 12.0, 51200)
-        return _gpt(hidden, layers, max(1, hidden // 128))
-    return _llama(parameters)
+    return _sized(parameters, re.search(r"gpt|opt|bloom|neox|pythia|megatron|nlg", stated) is not None)
+
+
+def _sized(parameters: float, like_gpt: bool) -> Shape:
+    """A dense model of a size. Small ones are like GPT: with a large vocabulary of their own little else would fit."""
+    if not like_gpt and parameters >= 1e9:
+        return _llama(parameters)
+    for hidden, layers in _MEGATRON:
+        if abs(12 * layers * hidden**2 / parameters - 1) < 0.06:
+            return _gpt(hidden, layers, max(1, hidden // 128))
+    hidden, layers = _aspect(parameters, 12.0, 51200)
+    return _gpt(hidden, layers, max(1, hidden // 128))
 
 
 _MEGATRON = ((3072, 30), (4096, 36), (6144, 40), (6144, 48), (8192, 48), (10240, 60), (12288, 80), (12288, 96),

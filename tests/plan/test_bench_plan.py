@@ -61,6 +61,7 @@ def test_cells_are_read_as_people_write_them(column: str, text: str, field: str,
     [
         ("tokens/s/GPU", "1600", "tokens", 1600), ("Tokens / sec / GPU", "1.6k", "tokens", 1600),
         ("tokens_per_sec_per_gpu", "1600", "tokens", 1600), ("TGS", "1600", "tokens", 1600),
+        ("WPS", "1600", "tokens", 1600),
         ("throughput (tokens/s/device)", "1600", "tokens", 1600), ("tokens/s", "102400", "tokens of all", 102400),
         ("Model TFLOP / sec / GPU", "720", "flops", 720e12), ("tflops_per_gpu", "720", "flops", 720e12),
         ("TFLOPs", "720", "flops", 720e12), ("aggregate PFLOP/s", "46", "flops", 46e15),
