@@ -19,6 +19,7 @@ from hpc.plan.step_time import FORMAT_OF, Layout
 
 PUBLISHED = Path(catalogue.__file__).parent / "published.csv"
 REQUIRED = ("hardware", "model", "metric", "value")
+LARGEST = 1e15
 BYTES_OF_A_WEIGHT = 6
 """bf16 weight and fp32 gradient, which a rank holds whole unless weights are sharded."""
 
@@ -112,7 +113,10 @@ def _number(text: str, name: str) -> float | None:
     if not found:
         raise ConfigError(f"{name} {text!r} is not a number")
     unit = {"k": 1024.0 if name == "seq" else 1e3, "m": 1e6, "b": 1e9, None: 1.0}[found[2]]
-    return float(found[1]) * unit
+    value = float(found[1]) * unit
+    if value > LARGEST:
+        raise ConfigError(f"{name} {text!r} is too large")
+    return value
 
 
 def _count(cells: Mapping[str, str], name: str) -> int | None:

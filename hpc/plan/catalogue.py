@@ -204,6 +204,8 @@ def find(name: str) -> Shape:
     for before, after in (("w/o", "wo"), ("w/", "w"), ("*", "x")):
         stated = stated.replace(before, after)
     if "h" in hints:
+        if not all(0 < value < 1e7 for value in hints.values()):
+            raise ConfigError(f"model {name!r} states a width or depth that cannot be")
         return _hinted(hints)
     plain = re.sub(r"[^a-z0-9]", "", stated)
     for pattern, replacement in _REWRITES:
@@ -221,9 +223,11 @@ def _hinted(hints: dict[str, int]) -> Shape:
 
 def _standard(name: str, stated: str) -> Shape:
     """A shape for a size: Llama-like when dense, Mixtral-like for '8x7B', fine-grained for '30B-A3B'."""
+    if any(not 1e6 <= value <= 1e14 for value in _sizes(stated)):
+        raise ConfigError(f"model {name!r}: a size between 1M and 100T parameters is needed")
     sizes = re.search(r"(\d+)\s*x\s*(\d+(?:\.\d+)?)\s*([mb])", stated)
     if sizes:
-        experts, each = int(sizes[1]), float(sizes[2]) * (1e6 if sizes[3] == "m" else 1e9)
+        experts, each = max(1, int(sizes[1])), float(sizes[2]) * (1e6 if sizes[3] == "m" else 1e9)
         dense = _sized(each, like_gpt=False)
         return replace(
             dense, dense_layers=0, moe_layers=dense.attention_layers, experts=experts, top_k=2,
@@ -232,15 +236,20 @@ def _standard(name: str, stated: str) -> Shape:
     if active:
         total, used = float(active[1]) * (1e12 if active[2] == "t" else 1e9), float(active[3]) * 1e9
         return _fine_grained(total, used)
-    size = re.findall(r"(\d+(?:\.\d+)?)\s*([mbt])(?![a-z])", stated)
+    size = _sizes(stated)
     if not size:
         raise ConfigError(
             f"model {name!r} is not known and its name says no size: use a name such as 'Llama 3 8B', 'GPT 22B', "
             "'8x7B' or '30B-A3B'"
         )
-    number, unit = size[-1]
-    parameters = float(number) * {"m": 1e6, "b": 1e9, "t": 1e12}[unit]
-    return _sized(parameters, re.search(r"gpt|opt|bloom|neox|pythia|megatron|nlg", stated) is not None)
+    return _sized(size[-1], re.search(r"gpt|opt|bloom|neox|pythia|megatron|nlg", stated) is not None)
+
+
+def _sizes(stated: str) -> list[float]:
+    """All sizes in a name, in parameters."""
+    scale = {"m": 1e6, "b": 1e9, "t": 1e12}
+    found = re.findall(r"(\d+(?:\.\d+)?)\s*([mbt])(?![a-z])", stated)
+    return [float(number) * scale[unit] for number, unit in found]
 
 
 def _sized(parameters: float, like_gpt: bool) -> Shape:

@@ -7,6 +7,8 @@ from statistics import fmean, median
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from hpc.bench.plan import score, show
 from hpc.bench.plan_rows import PUBLISHED, Row, parse, predicted, read
@@ -19,6 +21,24 @@ CELLS = {"hardware": "DGX-H100", "gpus": "64", "model": "LLAMA3_70B", "precision
          "mbs": "1", "tp": "4", "pp": "8", "vp": "5", "cp": "1", "ep": "1", "fsdp_or_dp": "", "recompute": "",
          "metric": "tokens/s/GPU", "value": "1,600"}  # fmt: skip
 HEADER = ",".join(CELLS)
+ODD = [
+    "0",
+    "-1",
+    "inf",
+    "nan",
+    "²",
+    "٣",
+    "1e30",
+    "0.001",
+    "8*0",
+    "1/2",
+    "FSDP",
+    "64",
+    "4M",
+    "Foo 0x7B",
+    "X 3B-A30B",
+    "MFU",
+]
 
 
 def read_row(**cells: str) -> Row:
@@ -109,6 +129,9 @@ def test_all_metrics_of_one_run_say_the_same_seconds() -> None:
         ({"precision": "int4"}, "nvfp4"),
         ({"value": "fast"}, "'fast' is not a number"),
         ({"value": ""}, "not a positive number"),
+        ({"gbs": "1e400"}, "gbs '1e400' is too large"),
+        ({"model": "0B"}, "between 1M and 100T"),
+        ({"model": "GPT (h=0 L=2)"}, "a width or depth that cannot be"),
         ({"gpus": "16"}, "tp 4 x pp 8 x cp 1 are more than 16 gpus"),
     ],
 )
@@ -117,6 +140,15 @@ def test_a_row_that_cannot_be_scored_says_why_in_one_line(cells: dict[str, str],
     assert reason is not None
     assert told in reason
     assert "\n" not in reason
+
+
+@given(st.dictionaries(st.sampled_from(sorted(CELLS)), st.sampled_from(ODD) | st.text(max_size=6)))
+def test_no_cell_is_a_traceback(cells: dict[str, str]) -> None:
+    found = read_row(**cells)
+    if found.reason is None:
+        assert 0 < _predicted(found, constants()) < float("inf")
+    else:
+        assert "\n" not in found.reason
 
 
 def test_a_row_with_only_what_is_required_is_scored_and_says_what_was_assumed() -> None:
