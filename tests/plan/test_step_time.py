@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hpc.config import Model, Router
@@ -157,6 +157,7 @@ layouts = st.builds(
 models = st.sampled_from([DENSE, MOE, catalogue.find("Nemotron 3 Nano"), catalogue.find("gpt-oss 20b")])
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(model=models, layout=layouts, machine=hardware)
 def test_a_better_machine_is_never_slower_and_parts_add_up(model: object, layout: Layout, machine: Accelerator) -> None:
     assert isinstance(model, type(DENSE))
@@ -173,6 +174,7 @@ def test_a_better_machine_is_never_slower_and_parts_add_up(model: object, layout
         assert step_time(model, layout, replace(machine, **better)).seconds <= before.seconds * (1 + 1e-9), better
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(model=models, layout=layouts, machine=hardware)
 def test_more_work_is_never_faster(model: object, layout: Layout, machine: Accelerator) -> None:
     assert isinstance(model, type(DENSE))
