@@ -62,6 +62,9 @@ class Constants:
     accelerator is done sooner."""
     moe_us: float = 5000.0
     """The same for an MoE layer: routing, permutation, a wait for sizes."""
+    rack_host: float = 0.6
+    """Host time in NVL72 racks over that elsewhere: runs there use CUDA graphs for a part of a layer (Megatron-Bridge,
+    moe-hardware-configs). How much it saves is assumed."""
     expert_us: float = 20.0
     """The same for one more local expert."""
     tensor_exposed: float = 0.6

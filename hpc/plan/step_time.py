@@ -32,6 +32,8 @@ PRECISIONS = ("bf16", "fp8", "fp8_block", "mxfp8", "nvfp4")
 """fp8: one scale per tensor. fp8_block: scales per 128 x 128 and 1 x 128. mxfp8, nvfp4: per 32 and 16 values."""
 FORMAT_OF = {"bf16": "bf16", "fp8": "fp8", "fp8_block": "fp8", "mxfp8": "fp8", "nvfp4": "fp4"}
 
+RACK = 16
+"""A fast domain with more accelerators is a rack."""
 TILE = 256
 """Side of the tiles in which a product is computed, at the larger end; assumed. A side of 1856 costs as 2048."""
 SCORE_PASSES = 2 * 15
@@ -116,6 +118,8 @@ def _micro_batch(shape: Shape, layout: Layout, hardware: Accelerator, c: Constan
         c.layer_us * (blocks - shape.moe_layers)
         + shape.moe_layers * (c.moe_us + c.expert_us * shape.experts / layout.expert)
     )
+    if hardware.domain > RACK:
+        host *= c.rack_host
     tensor, context, expert, pipeline = _collectives(shape, layout, hardware, c, tokens)
     forward = dense / 3 + experts / 3 + attention / 3.5 + memory / 3 + cast / 3 + tensor / 2 + expert / 2
     again = {"none": 0.0, "selective": c.selective, "full": 1.0}[layout.recompute]

@@ -252,8 +252,9 @@ def test_a_fit_follows_runs_that_follow_the_model_with_other_constants() -> None
     def error(c: Constants) -> float:
         return median(abs(log(_predicted(row, c) / (row.measured or 1))) for row in rows)
 
-    assert error(Constants()) > 0.08
-    assert error(fit(rows)) < 0.02
+    before = error(Constants())
+    assert before > 0.08
+    assert error(fit(rows)) < before / 3
 
 
 def _predicted(row: Row, c: Constants) -> float:

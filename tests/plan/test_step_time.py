@@ -128,6 +128,19 @@ def test_a_rack_keeps_64_experts_on_its_fast_links() -> None:
     assert inside < step_time(MOE, wide, nodes).parts["expert parallel"] / 2
 
 
+def test_host_time_shows_where_the_accelerator_is_done_sooner() -> None:
+    """Tiny products: an MoE layer's starts are all there is; in a rack a part of them."""
+    layout = Layout(gpus=8, seq=128, global_batch=8, micro_batch=1, expert=8)
+    tiny, c = catalogue.find("Qwen3_30B_a3B"), Constants()
+    starts = 48e-6 * (c.layer_us + c.moe_us + c.expert_us * 128 / 8)
+    for name, expected in (("B200", starts), ("GB200", c.rack_host * starts)):
+        parts = step_time(tiny, layout, ACCELERATORS[name], c).parts
+        work = sum(
+            value for part, value in parts.items() if part not in ("optimizer", "data parallel", "scale", "head")
+        )
+        assert work == pytest.approx(expected, rel=0.1)
+
+
 def test_the_bubble_is_that_of_interleaved_1f1b() -> None:
     parts = step_time(DENSE, LAYOUT, ACCELERATORS["H100"], Constants()).parts
     stages, virtual, micro_batches = 4, 2, 1024 / 32  # 256 ranks over tensor 2 x pipeline 4
