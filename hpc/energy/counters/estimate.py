@@ -1,7 +1,8 @@
 """An estimate for processors and memory without a readable counter. Never called a measurement.
 
 power = cores x (idle + utilisation x (busy - idle)) + memory x dram_w_per_gib, with the site's stated coefficients;
-utilisation of all logical cores since the reading before (/proc/stat through psutil), integrated over time.
+utilisation of all logical cores since the reading before (/proc/stat through psutil), integrated over time. Sockets or
+memories that are measured are left out.
 """
 
 import time
@@ -9,7 +10,7 @@ from typing import Protocol
 
 import psutil
 
-from hpc.energy.counters.base import Reading, Scope
+from hpc.energy.counters.base import Part, Reading, Scope
 
 
 class PowerCoefficients(Protocol):
@@ -26,16 +27,21 @@ class PowerCoefficients(Protocol):
 
 
 class CpuEstimate:
-    """Processors and memory of a node, estimated from their utilisation."""
+    """Processors and memory of a node, or what of them is not measured, from their utilisation."""
 
-    name = "cpu+dram estimate"
-    scope: Scope = "cpu+dram"
+    unit = "model"
+    wrap_j: float | None = None
+    epoch: str | None = None
 
-    def __init__(self, model: PowerCoefficients) -> None:
-        self.provenance = f"estimated: CPU utilisation and a power model ({model.source})"
+    def __init__(self, model: PowerCoefficients, cpu_share: float = 1.0, dram_share: float = 1.0) -> None:
+        kinds = [kind for kind, share in (("cpu", cpu_share), ("dram", dram_share)) if share]
+        self.name = f"{'+'.join(kinds)} estimate"
+        self.scope: Scope = "cpu+dram" if len(kinds) == 2 else "cpu" if cpu_share else "dram"
+        self.parts: frozenset[Part] = frozenset()  # whatever nothing else covers
+        self.provenance = f"estimated: {_what(cpu_share, dram_share)} and a power model ({model.source})"
         self._model = model
-        self._cores = psutil.cpu_count() or 1
-        self._memory_gib = psutil.virtual_memory().total / 2**30
+        self._cores = (psutil.cpu_count() or 1) * cpu_share
+        self._memory_gib = psutil.virtual_memory().total / 2**30 * dram_share
         self._energy_j = 0.0
         self._time = time.monotonic()
         psutil.cpu_percent()  # starts the interval
@@ -50,3 +56,14 @@ class CpuEstimate:
         self._energy_j += power * (now - self._time)
         self._time = now
         return Reading(self._energy_j, power)
+
+
+def _what(cpu_share: float, dram_share: float) -> str:
+    """What the estimate rests on, and for how much of the node it stands."""
+    cpu = "CPU utilisation" if cpu_share == 1 else f"CPU utilisation for {cpu_share:.0%} of the cores"
+    dram = "installed memory" if dram_share == 1 else f"{dram_share:.0%} of the installed memory"
+    return (
+        cpu
+        if cpu_share and dram_share == 1
+        else " and ".join([*([cpu] if cpu_share else []), *([dram] if dram_share else [])])
+    )

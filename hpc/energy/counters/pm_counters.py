@@ -1,44 +1,94 @@
 """HPE Cray pm_counters: the energy of a whole node, accelerators and network included.
 
 Files of /sys/cray/pm_counters hold `<integer> J <microseconds> us`, refreshed at 10 Hz and readable by everybody.
-`freshness` counts refreshes: values read between two equal readings of it belong together.
+`freshness` counts refreshes: values read between two equal readings of it belong together. `startup` changes when the
+blade's controller starts and its counters with it; `generation` when a power cap is set. cpu_energy, memory_energy and
+accelN_energy lie inside `energy` (with much else): they are told as detail and never added.
+Source: HPE Cray EX system monitoring guide, "Power monitoring counters".
 """
 
+import time
 from pathlib import Path
 
-from hpc.energy.counters.base import Accumulator, Reading, Scope
+from hpc.energy.counters.base import MAX_PLAUSIBLE_W, WHOLE_NODE, Accumulator, Instrument, Reading, Scope
+from hpc.energy.counters.sysfs import read_text
 
 FOLDER = "sys/cray/pm_counters"
 TRIES = 5
+STILL_S = 10.0
+"""A controller that has not refreshed for this long (a hundred refreshes) is told."""
 
 
-class PmCounters:
+class PmCounters(Instrument):
     """Node energy and power of a Cray EX node."""
 
-    name = "pm_counters"
     scope: Scope = "node"
+    unit = "J"
     provenance = "measured: HPE Cray pm_counters (whole node, 10 Hz)"
 
     def __init__(self, folder: Path) -> None:
+        super().__init__("pm_counters", WHOLE_NODE)
         self._folder = folder
-        self._accumulator = Accumulator()
-        self.read()
+        inside = sorted(path.name for path in folder.glob("*_energy"))
+        self._sums = {name: Accumulator(MAX_PLAUSIBLE_W["node"]) for name in ("energy", *inside)}
+        self._has = {name: (folder / name).exists() for name in ("startup", "generation")}
+        self._power_w: float | None = None
+        self._generation: str | None = None
+        self._fresh, self._fresh_since, self._is_still = "", 0.0, False
+        self.open()
 
-    def read(self) -> Reading:
-        """Energy since the start, and the node's own power figure."""
-        for _ in range(TRIES):
-            try:
-                before = self._value("freshness")
-                energy, power = self._value("energy"), self._value("power")
-                if self._value("freshness") == before:
-                    self._accumulator.add(energy)
-                    return Reading(self._accumulator.total_j, power)
-            except (OSError, ValueError, IndexError):
+    def _take(self, began: float) -> list[str]:
+        values = self._together()
+        ended = time.monotonic()
+        self.epoch = values.get("startup")
+        notes = []
+        for name, accumulator in self._sums.items():
+            if name not in values:
                 continue
-        return self._accumulator.reading()
+            note = accumulator.add(float(values[name]), began, ended, self.epoch)
+            if note:
+                notes.append(f"pm_counters {name} {note}")
+        self._power_w = float(values["power"])
+        return [*notes, *self._changes(values, began)]
 
-    def _value(self, name: str) -> float:
-        return float((self._folder / name).read_text().split()[0])
+    def _together(self) -> dict[str, str]:
+        """The first words of all files, from one refresh. Raises OSError, ValueError."""
+        optional = [name for name, is_there in self._has.items() if is_there]
+        for _ in range(TRIES):
+            before = self._word("freshness")
+            values = {name: self._word(name) for name in ("energy", "power", *optional)}
+            for name in [*self._sums][1:]:
+                try:
+                    values[name] = self._word(name)
+                except (OSError, ValueError):  # a detail that went away is no reason to lose the node's energy
+                    continue
+            if self._word("freshness") == before:
+                return {**values, "freshness": before}
+        raise ValueError(f"its files changed during each of {TRIES} readings")
+
+    def _word(self, name: str) -> str:
+        words = read_text(self._folder / name).split()
+        if not words:
+            raise ValueError(f"{name} is empty")
+        return words[0]
+
+    def _changes(self, values: dict[str, str], now: float) -> list[str]:
+        notes = []
+        generation = values.get("generation")
+        if self._generation is not None and generation != self._generation:
+            notes.append("pm_counters generation changed: a power cap was set or lifted")
+        self._generation = generation
+        if values["freshness"] != self._fresh:
+            self._fresh, self._fresh_since, self._is_still = values["freshness"], now, False
+        elif now - self._fresh_since > STILL_S and not self._is_still:
+            self._is_still = True
+            notes.append(f"pm_counters have not been refreshed for {STILL_S:.0f} s: the node draws more than they show")
+        return notes
+
+    def _reading(self) -> Reading:
+        total = self._sums["energy"]
+        detail = {name: part.total_j for name, part in self._sums.items() if name != "energy"}
+        return Reading(total.total_j, self._power_w, total.unsure_j, detail_j=detail)
 
 
 def find(root: Path) -> tuple[list[PmCounters], list[str]]:
@@ -46,7 +96,7 @@ def find(root: Path) -> tuple[list[PmCounters], list[str]]:
     folder = root / FOLDER
     if not (folder / "energy").exists():
         return [], []
-    counter = PmCounters(folder)
-    if counter.read().energy_j is None:
-        return [], [f"/{FOLDER} is there but cannot be read"]
-    return [counter], []
+    try:
+        return [PmCounters(folder)], []
+    except (OSError, ValueError) as error:
+        return [], [f"/{FOLDER} is there but cannot be read ({error}): tell the site; everybody may read it elsewhere"]
