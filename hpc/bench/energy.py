@@ -85,7 +85,7 @@ def _row(name: str, process: "subprocess.Popen[bytes]", folder: Path, started: f
 
 
 def cpu_seconds(pid: int) -> float:
-    """CPU time of a process by the scheduler's clock: nanoseconds, where /proc/PID/stat counts hundredths of a second."""
+    """CPU time of a process by the scheduler's clock: nanoseconds; /proc/PID/stat has hundredths of a second."""
     return sum(int(path.read_text().split()[0]) for path in Path(f"/proc/{pid}/task").glob("*/schedstat")) / 1e9
 
 

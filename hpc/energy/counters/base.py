@@ -114,9 +114,9 @@ def step_between(last_j: float, value_j: float, limit_j: float, wrap_j: float | 
     A fall is a wrap if the counter has a range and the wrap is plausible, otherwise a restart: the counter shows what
     was drawn since, and what was drawn before it in this interval is not known. The result is never negative.
     """
-    if new_epoch:
-        return _restart(value_j, limit_j, "restarted (its epoch changed)")
     step = value_j - last_j
+    if new_epoch and not value_j > limit_j >= step >= 0:  # a value that large has not grown from zero in this time
+        return _restart(value_j, limit_j, "restarted (its epoch changed)")
     if step < 0 and wrap_j is not None and 0 <= step + wrap_j <= limit_j:
         step += wrap_j
     if step < 0:
@@ -125,11 +125,8 @@ def step_between(last_j: float, value_j: float, limit_j: float, wrap_j: float | 
         return Step(0.0, limit_j, f"rose by {step:.0f} J where at most {limit_j:.0f} J are possible: not counted")
     missed = math.floor((limit_j - step) / wrap_j) if wrap_j else 0
     if missed and wrap_j:
-        return Step(
-            step,
-            missed * wrap_j,
-            f"was not read for so long that up to {missed} wraps of {wrap_j:.0f} J may be missing",
-        )
+        text = f"was not read for so long that up to {missed} wraps of {wrap_j:.0f} J may be missing"
+        return Step(step, missed * wrap_j, text)
     return Step(step)
 
 

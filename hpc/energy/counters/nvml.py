@@ -52,15 +52,16 @@ class _Gpu:
         self._uuid = nvml.library.nvmlDeviceGetUUID(self._handle)
 
     def ask(self, call: str) -> float:
-        """One figure of this GPU. Raises NVMLError; then the next call tries a fresh handle."""
+        """One figure of this GPU. Raises NVMLError; unless it is just not supported, the next call has a new handle."""
         library = self._nvml.library
         if self._generation != self._nvml.generation:
             self._handle = library.nvmlDeviceGetHandleByUUID(self._uuid)
             self._generation = self._nvml.generation
         try:
             return float(getattr(library, call)(self._handle))
-        except library.NVMLError:
-            self._nvml.reopen()
+        except library.NVMLError as error:
+            if error.value != library.NVML_ERROR_NOT_SUPPORTED:
+                self._nvml.reopen()
             raise
 
 
