@@ -5,6 +5,8 @@
 * MI100's counter is wrong: refused.
 """
 
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,8 @@ def find(root: Path) -> tuple[list[AmdGpu], list[str], list[str]]:
     if not (root / DRIVER).exists():
         return [], [], []
     try:
-        import amdsmi
+        with redirect_stdout(StringIO()):  # it prints when its library is missing
+            import amdsmi
 
         amdsmi.amdsmi_init()
         handles = list(amdsmi.amdsmi_get_processor_handles())
