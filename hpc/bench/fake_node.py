@@ -84,6 +84,7 @@ int nvmlDeviceGetMigMode(void *handle, unsigned *now, unsigned *later) {
     return OK;
 }
 int nvmlDeviceGetArchitecture(void *handle, unsigned *number) { ENTER(handle); *number = 9; return OK; }
+int nvmlDeviceGetMemoryInfo(void *handle, void *memory) { ENTER(handle); (void)memory; return NOT_SUPPORTED; }
 int nvmlDeviceGetTotalEnergyConsumption(void *handle, unsigned long long *energy) {
     ENTER(handle);
     if (gpu->energy < 0) return NOT_SUPPORTED;

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-READER = """
+OURS = """
 import json, sys
 from pathlib import Path
 from hpc.energy.counters import discover
@@ -48,15 +49,19 @@ class Reader:
 
 
 @contextmanager
-def reader(root: Path, environment: Mapping[str, str], python: str = sys.executable) -> Iterator[Reader]:
-    """Read the counters of a fake node with other libraries, or another interpreter."""
+def reader(
+    root: Path, environment: Mapping[str, str], python: str = sys.executable, code: str = OURS
+) -> Iterator[Reader]:
+    """Read the counters of a fake node with other libraries, another interpreter, or a peer's code."""
     values = {**os.environ, **environment, "PYTHONPATH": str(ROOT)}
-    command = [python, "-c", READER, str(root)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=values)
+    command = [python, "-c", code, str(root)]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=values, start_new_session=True
+    )
     try:
         yield Reader(process)
     finally:
-        process.kill()
+        os.killpg(process.pid, signal.SIGKILL)  # zeus has a process for each RAPL zone
         process.communicate()
 
 

@@ -40,10 +40,11 @@ class RaplZone(CumulativeCounter):
     def mirrors(self, other: "RaplZone") -> bool:
         """Whether both show one counter: its value lies between two readings of the other's in a row.
 
-        Counters of their own are billions of microjoules apart, and a reading takes microseconds.
+        Counters of their own are billions of microjoules apart, and a reading takes microseconds. Two that show
+        nothing say nothing.
         """
         before, here, after = other._joules(), self._joules(), other._joules()
-        return before <= here <= after
+        return 0 < before <= here <= after
 
 
 @dataclass(frozen=True)
