@@ -227,7 +227,7 @@ def shared_with(environment: Mapping[str, str], num_cpus: int, num_gpus: int) ->
 
 
 def _start_row(found: Discovery, host: str, attempt: int, interval_s: float) -> dict[str, Any]:
-    num_gpus = sum(counter.name.startswith("gpu") for counter in found.counters)
+    num_gpus = sum(part.kind == "gpu" and bool(part.index) for c in found.counters for part in c.parts)
     shared = shared_with(os.environ, psutil.cpu_count() or 1, num_gpus)
     counters = [{"name": c.name, "scope": c.scope, "provenance": c.provenance} for c in found.counters]
     return {
@@ -270,7 +270,7 @@ def main() -> None:
     parser.add_argument("--watch-pid", type=int, required=True, help="end when this process is gone")
     parser.add_argument("--attempt", type=int, default=1)
     parser.add_argument("--node", default=socket.gethostname(), help="name of this node")
-    parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples")
+    parser.add_argument("--interval", type=float, default=1.0, help="seconds between samples, at most 10")
     parser.add_argument("--power-model", default="", help="JSON of the site's power model")
     parser.add_argument("--root", type=Path, default=Path("/"), help="root of the sysfs tree")
     options = parser.parse_args()

@@ -3,7 +3,8 @@
 * Two samplers on one file would count a node twice. The one that writes holds a lock on the file; a second one of the
   same attempt goes away, one of a newer attempt tells the older to end and takes over (its process may hang).
 * Two stages on one node would each count the whole node. Samplers of one user find each other by locked files in the
-  node's temporary folder, and each takes its part of every interval: 1/n while n of them run.
+  node's temporary folder, and each takes its part of every interval: 1/n while n of them run. (Jobs whose /tmp is
+  their own cannot see each other, nor can different users; then the sampler only says that the node is shared.)
 * A disk that is full, or a file system that is away, costs rows and never the sampler: energy is cumulative, so the
   next row that can be written holds everything.
 """

@@ -69,8 +69,9 @@ def reader(
 def python_with() -> Callable[[str], str]:
     """An interpreter that has a package, or a skip that says how to run the test.
 
-    zeus and codecarbon bring pandas, scikit-learn and an amdsmi of one ROCm release: they get an environment of their
-    own, `python -m venv DIR; DIR/bin/pip install zeus==0.16.0 codecarbon==3.3.2`, named by GREENMOE_POWER_PYTHON.
+    zeus and codecarbon install beside our pins (`pip install .[peers]`), but bring scikit-learn and an amdsmi of one
+    ROCm release. An environment of their own does as well: `python -m venv DIR; DIR/bin/pip install zeus==0.16.0
+    codecarbon==3.3.2`, named by GREENMOE_POWER_PYTHON=DIR/bin/python.
     """
 
     def find(package: str) -> str:
@@ -79,7 +80,7 @@ def python_with() -> Callable[[str], str]:
             if python and subprocess.run([python, "-c", code]).returncode == 0:
                 return python
         pytest.skip(
-            f"needs {package}: GREENMOE_POWER_PYTHON=DIR/bin/python of a venv with zeus==0.16.0 codecarbon==3.3.2"
+            f"needs {package}: pip install .[peers], or GREENMOE_POWER_PYTHON=DIR/bin/python of a venv that has it"
         )
 
     return find

@@ -370,6 +370,17 @@ def test_gpus_in_a_server_are_added_to_its_packages_whatever_cuda_shows(
     assert [r.energy_j for r in readings] == [0, 0, 0, 70], readings
 
 
+def test_processors_that_nobody_measures_are_estimated_beside_measured_gpus_and_labelled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serve_nvml(monkeypatch, NvmlModule("NVIDIA A100"))
+    found = discover(MODEL, tmp_path)
+    assert [(counter.name, counter.provenance) for counter in found.counters] == [
+        ("cpu+dram estimate", "estimated: CPU utilisation and a power model (made up for a test)"),
+        ("gpu0", "measured: NVML total energy counter"),
+    ]
+
+
 class AmdModule:
     """amdsmi with the calls that we make: one (model, accumulator) a device."""
 
@@ -415,10 +426,10 @@ def test_the_second_die_of_an_mi250x_is_in_the_counter_of_the_first(
     if second == 10**9:
         sys.modules["amdsmi"].devices[3] = ("AMD Instinct MI250X", 7 * 10**9)  # type: ignore[attr-defined]
     found = discover(None, tmp_path)
-    assert names(found) == ["gpu0", "gpu2"]
+    assert names(found) == ["amd gpu0", "amd gpu2"]
     assert "both dies of the board" in found.counters[0].provenance
-    assert "AMD SMI gpu1 (AMD Instinct MI250X): the counter of gpu0 counts it" in found.notes
-    assert not any(name.startswith("gpu") for name in found.unmeasured)
+    assert "amd gpu1 (AMD Instinct MI250X): the counter of amd gpu0 counts it" in found.notes
+    assert not any("gpu" in name for name in found.unmeasured)
 
 
 def test_a_second_die_alone_and_an_mi100_are_not_measured_and_that_is_said(
@@ -427,7 +438,7 @@ def test_a_second_die_alone_and_an_mi100_are_not_measured_and_that_is_said(
     amd(tmp_path, monkeypatch, ("AMD Instinct MI250X", 0), ("AMD Instinct MI100", 10**9))
     found = discover(None, tmp_path)
     assert found.counters == []
-    assert found.unmeasured[2:4] == ["gpu0", "gpu1"]
+    assert found.unmeasured[2:4] == ["amd gpu0", "amd gpu1"]
     assert "the other die, which is not shown here" in found.notes[0]
     assert "its energy counter is wrong" in found.notes[1]
 
@@ -437,7 +448,7 @@ def test_an_mi300a_is_processor_and_memory_too(tmp_path: Path, monkeypatch: pyte
     for socket in range(4):
         rapl(tmp_path, f"{socket}", f"package-{socket}", 10**9 * (socket + 1))
     found = discover(MODEL, tmp_path)
-    assert names(found) == ["gpu0", "gpu1", "gpu2", "gpu3"]
+    assert names(found) == [f"amd gpu{number}" for number in range(4)]
     assert found.unmeasured == ["network, storage, fans and power supply"]
 
 

@@ -18,7 +18,7 @@ fake node, and fails when a release of theirs mends it):
 
 Not shown, read in their source: codecarbon multiplies PUE into the energy of each component and then water on top.
 
-They live in an environment of their own (conftest.py says how).
+They run in processes, or an environment, of their own (conftest.py says how).
 """
 
 import os

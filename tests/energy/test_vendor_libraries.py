@@ -128,11 +128,11 @@ def test_real_amdsmi_bindings_give_a_board_of_two_dies_once(tmp_path: Path, pyth
     state = tmp_path / "amd.txt"
     state.write_text(f"AMD Instinct MI250X\n{10**12} 0 {3 * 10**12} 1\n")
     with reader(tmp_path, {"ROCM_PATH": str(tmp_path), "FAKE_AMD": str(state)}, python) as node:
-        assert node.found["counters"] == [["gpu0", "gpu"], ["gpu2", "gpu"]]
+        assert node.found["counters"] == [["amd gpu0", "gpu"], ["amd gpu2", "gpu"]]
         model = "AMD Instinct MI250X"
         assert node.found["notes"] == [
-            f"AMD SMI gpu1 ({model}): the counter of gpu0 counts it",
-            f"AMD SMI gpu3 ({model}): the counter of gpu2 counts it",
+            f"amd gpu1 ({model}): the counter of amd gpu0 counts it",
+            f"amd gpu3 ({model}): the counter of amd gpu2 counts it",
         ]
         state.write_text(f"AMD Instinct MI250X\n{10**12 + 10**7} 0 {3 * 10**12 + 2 * 10**7} 1\n")
         joules = [part["energy_j"] for part in node.read().values()]

@@ -70,25 +70,27 @@ def find(root: Path) -> tuple[list[AmdGpu], list[str], list[str]]:
         try:
             counter, note = _counter(amdsmi, handle, index, root, found[-1] if found else None)
         except Exception as error:  # amdsmi of another ROCm raises more than its own exceptions; other GPUs still count
-            counter, note = None, f"AMD SMI gpu{index}: {first_line(error)}"
+            counter, note = None, f"amd gpu{index}: {first_line(error)}"
         if counter is not None:
             found.append(counter)
         elif not note.endswith("counts it"):
-            unmeasured.append(f"gpu{index}")
+            unmeasured.append(f"amd gpu{index}")
         if note:
             notes.append(note)
     return found, notes, unmeasured
 
 
 def _counter(library: Any, handle: Any, index: int, root: Path, before: AmdGpu | None) -> tuple[AmdGpu | None, str]:
-    name, model = f"gpu{index}", str(library.amdsmi_get_gpu_asic_info(handle).get("market_name", ""))
+    name, model = f"amd gpu{index}", str(library.amdsmi_get_gpu_asic_info(handle).get("market_name", ""))
     bus = library.amdsmi_get_gpu_device_bdf(handle)
     socket = socket_of_device(root, str(bus))
     part = Part("gpu", socket, f"amd {index}")
     if "MI100" in model:
-        return None, f"AMD SMI {name} ({model}): its energy counter is wrong, not measured"
+        return None, f"{name} ({model}): its energy counter is wrong, not measured"
     if "MI250" in model:
-        return _die(library, handle, name, model, part, before if before and before.name == f"gpu{index - 1}" else None)
+        return _die(
+            library, handle, name, model, part, before if before and before.name == f"amd gpu{index - 1}" else None
+        )
     if "MI300A" in model:
         place = index if socket is None else socket
         parts = frozenset({part, Part("cpu", place), Part("dram", place)})
@@ -104,8 +106,8 @@ def _die(
         counter = AmdGpu(library, handle, name, "gpu", frozenset({part}), f" ({model}: both dies of the board)")
     except Exception:  # 0, 'N/A', or an error that depends on the ROCm: the second die has no counter of its own
         if neighbour:
-            return None, f"AMD SMI {name} ({model}): the counter of {neighbour.name} counts it"
-        return None, f"AMD SMI {name} ({model}): its board's counter is that of the other die, which is not shown here"
+            return None, f"{name} ({model}): the counter of {neighbour.name} counts it"
+        return None, f"{name} ({model}): its board's counter is that of the other die, which is not shown here"
     if neighbour and neighbour.is_mirrored_by(counter):
-        return None, f"AMD SMI {name} ({model}): the counter of {neighbour.name} counts it"
+        return None, f"{name} ({model}): the counter of {neighbour.name} counts it"
     return counter, ""
