@@ -165,7 +165,7 @@ def acpi_meter(root: Path, number: int, label: str, microwatts: int) -> Path:
     """One ACPI power meter; an empty label is that of a whole server."""
     folder = root / f"sys/class/hwmon/hwmon{number}"
     write(folder / "name", "power_meter")
-    for file, text in {"power1_average": microwatts, "power1_oem_info": label}.items():
+    for file, text in {"power1_average": microwatts, "power1_oem_info": label, "power1_average_interval": 50}.items():
         write(folder / "device" / file, text)
     return folder / "device"
 

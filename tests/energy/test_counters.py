@@ -244,7 +244,9 @@ def test_power_is_integrated_by_the_mean_and_a_long_gap_is_not_filled(
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     device = acpi_meter(tmp_path, 0, "Grace Power Socket 0", 100_000_000)
     counter = discover(None, tmp_path).counters[0]
-    assert counter.provenance == ("measured: ACPI power meter 'Grace Power Socket 0', integrated at the sampling rate")
+    assert counter.provenance == (
+        "measured: ACPI power meter 'Grace Power Socket 0', integrated from samples (each a mean over 50 ms)"
+    )
     clock[0] += 2
     write(device / "power1_average", 200_000_000)
     assert counter.read() == base.Reading(energy_j=300.0, power_w=200.0)
