@@ -526,6 +526,18 @@ def test_the_estimate_lies_between_idle_and_busy(monkeypatch: pytest.MonkeyPatch
     assert CpuEstimate(MODEL).read().power_w == pytest.approx(2 * 2.5 + 8 * 0.5)
 
 
+def test_an_estimate_that_the_kernel_gives_no_figures_for_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> float:
+        raise OSError("no /proc/stat")
+
+    estimate = CpuEstimate(MODEL)
+    before = estimate.read().energy_j
+    monkeypatch.setattr("psutil.cpu_percent", fail)
+    reading = estimate.read()
+    assert reading.energy_j == before
+    assert reading.notes == ("cpu+dram estimate cannot be read: OSError: no /proc/stat",)
+
+
 def test_without_a_power_model_nothing_is_estimated(tmp_path: Path) -> None:
     found = discover(None, tmp_path)
     assert found.counters == []

@@ -172,7 +172,7 @@ class Accumulator:
 
 
 class Instrument(ABC):
-    """What all measuring counters share: reading never raises, and a failure is told once, its end too."""
+    """What all counters share: reading never raises, and a failure is told once, its end too."""
 
     scope: Scope
     unit: str
