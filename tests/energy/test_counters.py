@@ -164,6 +164,19 @@ def test_what_pm_counters_tell_of_parts_is_detail_and_never_in_the_sum(tmp_path:
     assert reading.detail_j == {"accel0_energy": 250, "cpu_energy": 100}
 
 
+def test_a_part_that_shows_no_number_costs_its_own_detail_only(tmp_path: Path) -> None:
+    folder = cray(tmp_path, 1000, inside={"cpu": 10, "accel0": 20})
+    counter = PmCounters(folder)
+    cray(tmp_path, 1450, freshness=2, inside={"cpu": 110, "accel0": 270})
+    write(folder / "accel0_energy", "N/A")
+    (folder / "cpu_energy").unlink()
+    (folder / "power").unlink()
+    reading = counter.read()
+    assert (reading.energy_j, reading.stale_s, reading.notes) == (450, 0, ())
+    assert reading.detail_j == {"accel0_energy": 0, "cpu_energy": 0}
+    assert reading.power_w != 300, "not the instrument's last figure but the mean since the reading before"
+
+
 def test_pm_counters_of_different_refreshes_are_never_taken_together(tmp_path: Path) -> None:
     """All files change at once, many times a second, while a reader goes from one to the next."""
     folder, num_refreshes = tmp_path / "sys/cray/pm_counters", 60
@@ -194,7 +207,7 @@ def test_a_controller_that_starts_again_is_known_by_its_epoch_even_when_the_ener
     cray(tmp_path, 150, startup=8, freshness=2)
     reading = counter.read()
     assert reading.energy_j == 150, "150 J since the controller started, not 50 J since the reading before"
-    assert "pm_counters energy restarted (its epoch changed)" in reading.notes[0]
+    assert "pm_counters restarted (its epoch changed)" in reading.notes[0]
     assert counter.epoch == "8"
 
 

@@ -8,6 +8,7 @@ Source: HPE Cray EX system monitoring guide, "Power monitoring counters".
 """
 
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from hpc.energy.counters.base import MAX_PLAUSIBLE_W, WHOLE_NODE, Accumulator, Instrument, Reading, Scope
@@ -29,41 +30,39 @@ class PmCounters(Instrument):
     def __init__(self, folder: Path) -> None:
         super().__init__("pm_counters", WHOLE_NODE)
         self._folder = folder
-        inside = sorted(path.name for path in folder.glob("*_energy"))
-        self._sums = {name: Accumulator(MAX_PLAUSIBLE_W["node"]) for name in ("energy", *inside)}
-        self._has = {name: (folder / name).exists() for name in ("startup", "generation")}
+        self._total = Accumulator(MAX_PLAUSIBLE_W["node"])
+        self._inside = {path.name: Accumulator(MAX_PLAUSIBLE_W["node"]) for path in sorted(folder.glob("*_energy"))}
+        self._marks = [name for name in ("startup", "generation") if (folder / name).exists()]
         self._power_w: float | None = None
         self._generation: str | None = None
         self._fresh, self._fresh_since, self._is_still = "", 0.0, False
         self.open()
 
     def _take(self, began: float) -> list[str]:
-        values = self._together()
+        marks, joules, inside = self._together()
         ended = time.monotonic()
-        self.epoch = values.get("startup")
-        notes = []
-        for name, accumulator in self._sums.items():
-            if name not in values:
-                continue
-            note = accumulator.add(float(values[name]), began, ended, self.epoch)
-            if note:
-                notes.append(f"pm_counters {name} {note}")
-        self._power_w = float(values["power"])
-        return [*notes, *self._changes(values, began)]
+        self.epoch = marks.get("startup")
+        note = self._total.add(joules, began, ended, self.epoch)
+        self._power_w = inside.pop("power", self._total.power_w)
+        for name, value in inside.items():
+            with suppress(ValueError):  # a note would say nothing that the total's does not
+                self._inside[name].add(value, began, ended, self.epoch)
+        return [*([f"{self.name} {note}"] if note else []), *self._changes(marks, began)]
 
-    def _together(self) -> dict[str, str]:
-        """The first words of all files, from one refresh. Raises OSError, ValueError."""
-        optional = [name for name, is_there in self._has.items() if is_there]
+    def _together(self) -> tuple[dict[str, str], float, dict[str, float]]:
+        """Marks, joules of the node, and what can be had beside them, all from one refresh. Raises OSError, ValueError.
+
+        A file beside `energy` that went away or shows no number is no reason to lose the node's joules.
+        """
         for _ in range(TRIES):
-            before = self._word("freshness")
-            values = {name: self._word(name) for name in ("energy", "power", *optional)}
-            for name in [*self._sums][1:]:
-                try:
-                    values[name] = self._word(name)
-                except (OSError, ValueError):  # a detail that went away is no reason to lose the node's energy
-                    continue
-            if self._word("freshness") == before:
-                return {**values, "freshness": before}
+            marks = {name: self._word(name) for name in ("freshness", *self._marks)}
+            joules = float(self._word("energy"))
+            inside: dict[str, float] = {}
+            for name in ("power", *self._inside):
+                with suppress(OSError, ValueError):
+                    inside[name] = float(self._word(name))
+            if self._word("freshness") == marks["freshness"]:
+                return marks, joules, inside
         raise ValueError(f"its files changed during each of {TRIES} readings")
 
     def _word(self, name: str) -> str:
@@ -72,23 +71,22 @@ class PmCounters(Instrument):
             raise ValueError(f"{name} is empty")
         return words[0]
 
-    def _changes(self, values: dict[str, str], now: float) -> list[str]:
+    def _changes(self, marks: dict[str, str], now: float) -> list[str]:
         notes = []
-        generation = values.get("generation")
+        generation = marks.get("generation")
         if self._generation is not None and generation != self._generation:
             notes.append("pm_counters generation changed: a power cap was set or lifted")
         self._generation = generation
-        if values["freshness"] != self._fresh:
-            self._fresh, self._fresh_since, self._is_still = values["freshness"], now, False
+        if marks["freshness"] != self._fresh:
+            self._fresh, self._fresh_since, self._is_still = marks["freshness"], now, False
         elif now - self._fresh_since > STILL_S and not self._is_still:
             self._is_still = True
             notes.append(f"pm_counters have not been refreshed for {STILL_S:.0f} s: the node draws more than they show")
         return notes
 
     def _reading(self) -> Reading:
-        total = self._sums["energy"]
-        detail = {name: part.total_j for name, part in self._sums.items() if name != "energy"}
-        return Reading(total.total_j, self._power_w, total.unsure_j, detail_j=detail)
+        detail = {name: part.total_j for name, part in self._inside.items()}
+        return Reading(self._total.total_j, self._power_w, self._total.unsure_j, detail_j=detail)
 
 
 def find(root: Path) -> tuple[list[PmCounters], list[str]]:
