@@ -17,6 +17,7 @@ import os
 import signal
 import tempfile
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class SampleFile:
             if number_of_older >= attempt:
                 return None
             for number in (signal.SIGINT, signal.SIGKILL):
-                _signal_sampler(pid, number)
+                _signal_sampler(pid, number, self._path)
                 deadline = time.monotonic() + PATIENCE_S
                 while time.monotonic() < deadline:
                     if self._lock():
@@ -98,11 +99,12 @@ class SampleFile:
             self._handle = None
 
 
-def _signal_sampler(pid: int, number: int) -> None:
-    """Signal a process if it is a sampler (its number may belong to somebody else by now)."""
+def _signal_sampler(pid: int, number: int, path: Path) -> None:
+    """Signal a process if it is the sampler of this file (its number may belong to somebody else by now)."""
     with suppress(psutil.Error, ProcessLookupError, ValueError):
         process = psutil.Process(pid)
-        if "hpc.energy.sampler" in process.cmdline():
+        node = path.stem.removeprefix("energy-")
+        if {"hpc.energy.sampler", str(path.parent), node} <= set(process.cmdline()):
             process.send_signal(number)
 
 
@@ -118,10 +120,11 @@ class Neighbours:
                 return  # somebody else's: stay alone rather than trust it
             folder = folder / _identity(node, root)
             folder.mkdir(mode=0o700, exist_ok=True)
-            staging = folder / f".{os.getpid()}"
+            name = uuid.uuid4().hex  # not the process number, which a container may give again
+            staging = folder / f".{name}"
             self._lock = staging.open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._own = staging.rename(folder / str(os.getpid()))
+            self._own = staging.rename(folder / name)
 
     def count(self) -> int:
         """Samplers at work here, this one included. What a killed one left is cleared away."""
@@ -130,7 +133,7 @@ class Neighbours:
             return number
         with suppress(OSError):
             for name in os.listdir(self._own.parent):
-                if name != self._own.name and name.isdigit():
+                if name != self._own.name and not name.startswith("."):
                     number += self._is_alive(self._own.with_name(name))
         return number
 
