@@ -6,7 +6,6 @@ not squared: a wrong row pulls like any other. Each constant is held to its prio
 elsewhere moves little, what was assumed moves freely, and what the rows say nothing about stays where it was.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from math import exp, log, sqrt
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from hpc.bench.plan_rows import PUBLISHED, Row, predicted, read
-from hpc.plan.constants import FITTED, Constants, as_dict, constants, fitted, names
+from hpc.plan.constants import Constants, as_dict, constants, keep, names
 from hpc.plan.step_time import step_time
 
 ASSUMED_WIDTH = 0.35
@@ -80,8 +79,7 @@ def write(path: Path = PUBLISHED) -> None:
     for name in sorted({row.accelerator.name for row in scored if row.accelerator}):
         others = [r for r in scored if r.accelerator and r.accelerator.name != name]
         found["without_hardware"][name] = _rounded(fit(others, everything))
-    FITTED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    fitted.cache_clear()
+    keep(found)
 
 
 def _rounded(c: Constants) -> dict[str, float]:

@@ -103,9 +103,21 @@ def fitted() -> dict[str, Any]:
     return found
 
 
+@cache
+def _best() -> Constants:
+    return replace(Constants(), **fitted()["all"])
+
+
 def constants(values: Mapping[str, float] | None = None) -> Constants:
     """The fitted constants, or those of a mapping."""
-    return replace(Constants(), **(fitted()["all"] if values is None else values))
+    return _best() if values is None else replace(Constants(), **values)
+
+
+def keep(found: Mapping[str, Any]) -> None:
+    """Write step_time.json, and forget what was read from it before."""
+    FITTED.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    fitted.cache_clear()
+    _best.cache_clear()
 
 
 def names() -> tuple[str, ...]:
