@@ -257,6 +257,27 @@ def test_a_fit_follows_runs_that_follow_the_model_with_other_constants() -> None
     assert error(fit(rows)) < before / 3
 
 
+def test_a_new_fit_is_written_for_all_rows_and_without_each_source_and_accelerator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hpc.bench.plan_fit import write
+    from hpc.plan import constants as module
+
+    lines = PUBLISHED.read_text(encoding="utf-8").splitlines()
+    (tmp_path / "rows.csv").write_text("\n".join([lines[0], *lines[1::130]]), encoding="utf-8")
+    rows = read(tmp_path / "rows.csv")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "FITTED", tmp_path / "step_time.json")
+        write(tmp_path / "rows.csv")
+        found = fitted()
+        assert constants() == constants(found["all"]) != Constants()
+    module.fitted.cache_clear()
+    module._best.cache_clear()
+    assert set(found["without_source"]) == {row.source for row in rows}
+    assert set(found["without_hardware"]) == {row.accelerator.name for row in rows if row.accelerator}
+    assert len(fitted()["without_source"]) > len(found["without_source"])
+
+
 def _predicted(row: Row, c: Constants) -> float:
     assert row.shape is not None
     assert row.layout is not None
