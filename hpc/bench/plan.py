@@ -36,6 +36,7 @@ def score(path: Path | None = None) -> dict[str, Any]:
         "not_scored": len(told) - len(scored),
         "by_source": _groups(scored, "origin"),
         "by_hardware": _groups(scored, "accelerator"),
+        "by_kind": _groups(scored, "kind"),
         "rows": told,
     }
     if path is None:
@@ -51,7 +52,7 @@ def _told(row: Row, c: Constants) -> dict[str, Any]:
     """One row for people and programs: its cells, and the prediction in the cell's own unit."""
     line: dict[str, Any] = {key: row.cells.get(key, "") for key in KEYS}
     line |= {"origin": row.source, "predicted": None, "measured": None, "error": None, "parts": {}}
-    line |= {"assumed": list(row.assumed), "reason": row.reason, "accelerator": None}
+    line |= {"assumed": list(row.assumed), "reason": row.reason, "accelerator": None, "kind": None}
     if row.accelerator is None or row.measured is None:
         return line
     seconds = _seconds(row, c)
@@ -63,6 +64,7 @@ def _told(row: Row, c: Constants) -> dict[str, Any]:
         "error": error,
         "parts": {name: part / seconds.seconds for name, part in seconds.parts.items() if part},
         "accelerator": row.accelerator.name,
+        "kind": "MoE" if row.shape and row.shape.moe_layers else "dense",
         "reason": _likely(row, seconds, error),
     }
 
@@ -127,7 +129,7 @@ def _likely(row: Row, seconds: StepTime, error: float) -> str | None:
 def show(found: dict[str, Any]) -> str:
     """The table for people: by source, by hardware, the worst rows, the rows that cannot be scored."""
     lines = [f"{'source':<40} {'rows':>5} {'median error':>13} {'not seen in the fit':>20}"]
-    for title, key in (("", "by_source"), ("hardware", "by_hardware")):
+    for title, key in (("", "by_source"), ("hardware", "by_hardware"), ("kind", "by_kind")):
         lines += ["", f"{title:<40} {'rows':>5} {'median error':>13} {'not seen in the fit':>20}"] if title else []
         for name, group in found[key].items():
             unseen = f"{group['left_out']:.1%}" if "left_out" in group else "-"

@@ -218,6 +218,9 @@ def test_the_medians_are_those_of_the_rows(published: dict[str, Any]) -> None:
     assert published["median_error"] == pytest.approx(median(errors))
     assert published["mean"] == pytest.approx(fmean(errors))
     assert f"{published['median_error']:.1%}" in show(published)
+    for kind in ("MoE", "dense"):
+        of_kind = [line["error"] for line in published["rows"] if line["kind"] == kind]
+        assert published["by_kind"][kind] == {"rows": len(of_kind), "median_error": pytest.approx(median(of_kind))}
     for line in published["rows"]:
         assert sum(line["parts"].values()) == pytest.approx(1)
 
