@@ -18,7 +18,7 @@ from hpc.plan.step_time import StepTime, step_time
 
 WORST = 12
 KEYS = ("hardware", "gpus", "model", "precision", "seq", "gbs", "mbs", "tp", "pp", "vp", "cp", "ep", "fsdp_or_dp",
-        "recompute", "metric", "value", "source", "note")  # fmt: skip
+        "recompute", "metric", "value", "source", "note", "read")  # fmt: skip
 
 
 def score(path: Path | None = None) -> dict[str, Any]:
