@@ -20,6 +20,7 @@ DOORS = {
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
+    "amdsmi": {"hpc/energy/counters/amd_smi.py"},
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
@@ -60,9 +61,9 @@ MAY_IMPORT = {
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
-              "slurm.site", "slurm.state", "slurm.fetch",
-              "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
-              "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
+              "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
+              "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster", "slurm.fetch",
+              "hpc.bench.plan"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "export", "plan", "explain",
          "schema", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}

