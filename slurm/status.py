@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.config import RunConfig, Stage
-from hpc.energy.ledger import stage_energy
 from hpc.energy.meter import newest_power
+from hpc.energy.samples import read_samples, total_j
 from hpc.errors import ConfigError, GateMissed
 from hpc.plan.show import energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
@@ -221,8 +221,8 @@ def _since_submission(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _energy(directory: StageDirectory, receipt: Receipt | None) -> tuple[float | None, bool]:
     if receipt is not None:
         return receipt.energy.get("energy_j"), "estimated" in str(receipt.energy.get("provenance"))
-    found = stage_energy(directory.root)
-    return found.energy_j, "estimated" in str(found.provenance)
+    samples = read_samples(directory.root)
+    return total_j(samples), any("estimated" in source for one in samples for source in one.provenance)
 
 
 def render(status: ChainStatus) -> Table:

@@ -15,7 +15,7 @@ from subprocess import Popen
 from typing import Any
 
 from hpc.config import RunConfig
-from hpc.energy.ledger import power_series, stage_energy
+from hpc.energy.ledger import power_series, stage_ledger
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
 from hpc.plan.fit import advice
@@ -236,7 +236,7 @@ def log_power(context: Context, mirror: Mirror) -> None:
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
     """Put together what the stage did, what it left behind and what it drew."""
-    energy, tokens = stage_energy(context.directory.root), result.metrics.get("tokens")
+    ledger, tokens = stage_ledger(context.directory.root), result.metrics.get("tokens")
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,
@@ -246,10 +246,12 @@ def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], 
         metrics=result.metrics,
         provenance=result.provenance,
         energy={
-            "energy_j": energy.energy_j,
-            "provenance": energy.provenance,
-            "sampled_s": energy.duration_s,
-            "j_per_token": energy.energy_j / tokens if tokens and energy.energy_j is not None else None,
+            "energy_j": ledger.energy_j,
+            "lost_j": ledger.lost_j,
+            "missing": list(ledger.missing),
+            "provenance": list(ledger.provenance),
+            "sampled_s": ledger.node_s,
+            "j_per_token": ledger.energy_j / tokens if tokens and ledger.energy_j is not None else None,
         },
         code={**code_version(), **{name: library_version(name) for name in result.libraries}},
         seconds=seconds,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.energy.ledger import stage_energy
+from hpc.energy.samples import read_samples, total_j
 
 TAIL_BYTES = 8192
 
@@ -28,8 +28,7 @@ class EnergyMeter:
 
     def __init__(self, stage_directory: Path, attempt: int) -> None:
         self._root, self._attempt = stage_directory, attempt
-        earlier = [part.energy_j for part in stage_energy(stage_directory).attempts if part.attempt != attempt]
-        self._earlier_j = sum(value for value in earlier if value is not None)
+        self._earlier_j = total_j(one for one in read_samples(stage_directory) if one.attempt != attempt) or 0.0
 
     def read(self) -> MeterReading:
         """The newest sample of each node that belongs to this attempt."""

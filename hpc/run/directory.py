@@ -11,6 +11,7 @@ RUN/stages/STAGE/          one stage
     task.json              what the worker was told to do
     attempts.jsonl         one line when an attempt starts, one when it ends
     metrics.jsonl          one line per logged step: the truth that W&B mirrors
+    timeline.jsonl         one line when the phase of an attempt changes
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
     hung-attempt-N         the rank that hung, and beside it stacks-attempt-N-rank-R.txt of every rank
@@ -138,6 +139,11 @@ class StageDirectory:
     def metrics(self) -> Path:
         """Append-only metrics, one row per logged step."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def timeline(self) -> Path:
+        """Append-only record of what the running attempt was doing since when."""
+        return self.root / "timeline.jsonl"
 
     @property
     def progress(self) -> Path:

@@ -12,7 +12,7 @@ import psutil
 
 from hpc.config import Facility
 from hpc.energy.footprint import footprint
-from hpc.energy.ledger import StageEnergy, power_series, stage_energy
+from hpc.energy.ledger import StageLedger, power_series, stage_ledger
 from hpc.run.receipt import code_version, read_receipt
 from hpc.run.task import Context, Result
 from hpc.tracking.metrics import history
@@ -25,7 +25,7 @@ def run(context: Context) -> Result:
     artifact = context.directory.artifact
     artifact.mkdir(parents=True)
     page = artifact / "report.html"
-    energies = [stage_energy(context.input_directory(name).root) for name in context.task.stage.needs]
+    energies = [stage_ledger(context.input_directory(name).root) for name in context.task.stage.needs]
     report = RunReport(
         name=context.task.run,
         created=time.time(),
@@ -53,14 +53,14 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
 
 
-def facility_notes(facility: Facility, energies: list[StageEnergy]) -> list[str]:
+def facility_notes(facility: Facility, energies: list[StageLedger]) -> list[str]:
     """What the site states about its building and what follows for this run; empty when it states nothing."""
     stated = facility.model_dump(exclude={"source"}, exclude_none=True)
     notes = [f"{name} = {value} ({facility.source or 'source not stated'})" for name, value in stated.items()]
     known = [energy.energy_j for energy in energies if energy.energy_j is not None]
     if not stated or len(known) < len(energies):
         return notes
-    node_hours = sum(energy.duration_s for energy in energies) / 3600
+    node_hours = sum(energy.node_s for energy in energies) / 3600
     result = footprint(sum(known), node_hours, facility)
     for name, value in asdict(result).items():
         if value is not None:
@@ -71,7 +71,7 @@ def facility_notes(facility: Facility, energies: list[StageEnergy]) -> list[str]
 def _stage_report(context: Context, name: str) -> StageReport:
     directory, receipt = context.input_directory(name), read_receipt(context.input_directory(name))
     assert receipt is not None  # inputs were verified
-    energy = stage_energy(directory.root)
+    energy = stage_ledger(directory.root)
     stage = next(stage for stage in context.task.stages if stage.name == name)
     return StageReport(
         name=name,
