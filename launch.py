@@ -11,6 +11,7 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -232,15 +233,16 @@ def resume(run: Path, yes: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
 def export(run: Path, stage: str, out: Path, step: int | None) -> None:
-    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+    """Write a model of a run as a plain folder with its card (README.md): a checkpoint, or a finished stage's model.
 
-    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    A pretraining stage is exported while it trains, from checkpoints of any number of ranks, without a GPU; every
+    expert is compared with what was written. Of other stages (merge, quantize, lora) the verified artifact is copied.
     """
     from hpc.stages.export import export_stage
     from slurm.steer import open_run
 
     taken = export_stage(open_run(run), stage, out, step)
-    click.echo(f"{out}: {stage} after {taken} steps")
+    click.echo(f"{out}: {taken}")
 
 
 @main.command()
@@ -308,6 +310,8 @@ def _load(
     return loaded, place, make_plan(loaded, place.machine)
 
 
+main.add_command(report)
+main.add_command(card)
 main.add_command(devcluster)
 main.add_command(bench)
 

@@ -25,7 +25,7 @@ DOORS = {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py",
     },
-    "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
+    "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
     "litdata": {"hpc/bench/data.py"},
     "grain": {"hpc/bench/data.py"},
@@ -44,13 +44,14 @@ MAY_IMPORT = {
     "hpc.adapt": {"hpc.config", "hpc.errors"},
     "hpc.shrink": {"hpc.errors", "hpc.model"},
     "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
+    "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {
         "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.plan", "hpc.run",
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages",
-        "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.report", "hpc.run",
+        "hpc.stages", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
@@ -59,7 +60,7 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "h
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "export", "plan", "explain",
-         "schema", "devcluster", "bench")  # fmt: skip
+         "schema", "report", "card", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}

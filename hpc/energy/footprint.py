@@ -6,6 +6,7 @@ is that of ARCHER2's published method: other IT is a part of the nodes' energy, 
 """
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 from hpc.config import Facility
 
@@ -42,7 +43,8 @@ class Footprint:
     def __add__(self, other: "Footprint") -> "Footprint":
         """Of two parts, where a figure that one of them lacks is unknown for both."""
         pairs = [(getattr(self, field.name), getattr(other, field.name)) for field in fields(self)]
-        return Footprint(*(None if a is None or b is None else a + b for a, b in pairs))
+        sums: list[Any] = [None if a is None or b is None else a + b for a, b in pairs]
+        return Footprint(*sums)
 
 
 def footprint(energy_j: float, node_hours: float, facility: Facility) -> Footprint:

@@ -1,4 +1,4 @@
-"""The facility around the nodes: published worked examples to the last digit, and nothing that the site does not say."""
+"""The facility around the nodes: published examples to the last digit, and nothing that the site does not say."""
 
 import pytest
 import yaml
