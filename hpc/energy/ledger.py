@@ -19,7 +19,7 @@ from typing import Literal
 
 from hpc.energy.lineage import Inherited, inherited
 from hpc.energy.samples import NodeSamples, power_series, read_samples, total_j
-from hpc.energy.spans import AttemptStory, Span, StageStory, stage_story
+from hpc.energy.spans import AttemptStory, Row, Span, StageStory, stage_story
 from hpc.run.directory import StageDirectory
 from hpc.run.receipt import read_receipt
 
@@ -241,7 +241,7 @@ def _lost(attempt: AttemptStory, samples: Sequence[NodeSamples], is_aside: bool)
                 attempt=attempt.number,
                 energy_j=fsum(span_joules(one, s, attempt.spans) for one in mine for s in spans) if mine else None,
                 node_s=fsum(one.seconds(s.start, s.end) for one in mine for s in spans),
-                steps=len(thrown) if thrown else None,
+                steps=sum(row.step > 0 for row in thrown) or None,
                 tokens=sum(row.tokens // row.step for row in thrown if row.step) if thrown else None,
                 reason=_reason(attempt, kind, thrown),
             )
@@ -257,10 +257,10 @@ def _loss_kind(part: str, is_aside: bool) -> LossKind | None:
     return "superseded" if is_aside else None
 
 
-def _reason(attempt: AttemptStory, kind: LossKind, thrown: Sequence[object]) -> str:
+def _reason(attempt: AttemptStory, kind: LossKind, thrown: Sequence[Row]) -> str:
     if kind == "superseded":
         return "made again from another configuration or other inputs"
-    if kind == "replayed_steps" and not any(span.part == "lost" for span in attempt.spans):
+    if thrown and thrown[-1].is_return:
         return "the loss or the gradients were bad: back to a checkpoint and past the data"
     return attempt.reason
 

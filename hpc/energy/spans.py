@@ -50,6 +50,8 @@ class Row:
     time: float
     tokens: int
     is_kept: bool
+    is_return: bool
+    """Whether the loop went back to a checkpoint after it."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def stage_story(stage_root: Path, samples: Sequence[NodeSamples]) -> StageStory:
     attempts = _gather(directory, records, samples, first, end)
     maker = int(receipt["attempts"]) if receipt else None
     is_aside = stage_root.parent.name == "superseded"
-    kept = _kept_rows(attempts, newest_step(directory), is_done=bool(receipt), is_aside=is_aside)
+    kept = _kept_rows(attempts, newest_step(directory), maker, is_aside=is_aside)
     stories = [
         _judge(one, kept, attempts[index + 1].start if index + 1 < len(attempts) else None, maker, is_aside)
         for index, one in enumerate(attempts)
@@ -203,30 +205,30 @@ def _gather(
     return [found[number] for number in sorted(found)]
 
 
-def _kept_rows(attempts: list[_Attempt], newest: int, *, is_done: bool, is_aside: bool) -> set[tuple[int, int]]:
-    """(attempt, place among its rows) of every step that stayed. `newest`: step of the newest checkpoint on disk."""
+def _kept_rows(attempts: list[_Attempt], newest: int, maker: int | None, *, is_aside: bool) -> set[tuple[int, int]]:
+    """(attempt, place among its rows) of every step that stayed.
+
+    newest: step of the newest checkpoint on disk. maker: the attempt that wrote the receipt; later ones change nothing.
+    """
     kept: list[tuple[int, int, int]] = []
 
-    def throw_after(step: int) -> None:
+    def throw_after(step: float) -> None:
         kept[:] = [row for row in kept if row[0] <= step]
 
     for index, one in enumerate(attempts):
+        if maker is not None and one.number > maker:
+            break
         if index:
-            throw_after(int(one.steps[0]["step"]) - 1 if one.steps else _resumes_from(one, is_done))
+            throw_after(int(one.steps[0]["step"]) - 1 if one.steps else int(one.begin.get("checkpoint") or -1))
         for place, row in enumerate(one.steps):
             back = row.get("rolled_back_to")
             if back is None:
                 kept.append((int(row["step"]), one.number, place))
             else:
                 throw_after(int(back))
-    if attempts and not is_done and (attempts[-1].is_over or is_aside):
+    if attempts and maker is None and (attempts[-1].is_over or is_aside):
         throw_after(newest or -1)
     return {(number, place) for _, number, place in kept}
-
-
-def _resumes_from(one: _Attempt, is_done: bool) -> float:
-    """Where an attempt without a step would go on. Once a stage is done its checkpoints are gone, and not missed."""
-    return float("inf") if is_done else int(one.begin.get("checkpoint") or -1)
 
 
 def _judge(
@@ -234,7 +236,13 @@ def _judge(
 ) -> AttemptStory:
     end = one.last_sign if next_start is None else max(one.start, min(one.last_sign, next_start))
     rows = tuple(
-        Row(int(row["step"]), float(row["time"]), int(row.get("tokens") or 0), (one.number, place) in kept)
+        Row(
+            int(row["step"]),
+            float(row["time"]),
+            int(row.get("tokens") or 0),
+            (one.number, place) in kept,
+            "rolled_back_to" in row,
+        )
         for place, row in enumerate(one.steps)
     )
     is_over = one.is_over or next_start is not None or is_aside
@@ -257,8 +265,14 @@ def _spans(story: AttemptStory, changes: list[Change], stays: bool) -> Iterator[
         phases = [replace(phases[0], phase="productive")]
     ends = [change.time for change in phases[1:]] + [story.end]
     kept_steps = {row.step for row in story.rows if row.is_kept}
-    until = float("inf") if stays else _until(story, phases, ends, kept_steps)
-    thrown = _thrown_intervals(story, phases)
+    saves = {
+        change.step: end
+        for change, end in zip(phases, ends, strict=True)
+        if change.phase == "checkpoint" and change.step in kept_steps
+    }
+    kept = [max(row.time, saves.get(row.step, row.time)) for row in story.rows if row.is_kept]
+    until = float("inf") if stays else max(kept, default=float("-inf"))
+    thrown = list(_thrown_intervals(story, phases, saves))
     cuts = {row.time for row in story.rows} | {start for start, _ in thrown} | {until}
     for change, end in zip(phases, ends, strict=True):
         inner = sorted(cut for cut in cuts if change.time < cut < end)
@@ -282,23 +296,18 @@ def _part(change: Change, begin: float, until: float, is_thrown: bool, kept_step
     return change.phase if begin < until else "lost"
 
 
-def _until(story: AttemptStory, phases: list[Change], ends: list[float], kept_steps: set[int]) -> float:
-    """Until when an attempt's work stayed: its last kept step, and the standstill for that step's checkpoint."""
-    times = [row.time for row in story.rows if row.is_kept]
-    saves = [end for change, end in zip(phases, ends, strict=True)
-             if change.phase == "checkpoint" and change.step in kept_steps]  # fmt: skip
-    return max([*times, *saves]) if times else float("-inf")
-
-
-def _thrown_intervals(story: AttemptStory, phases: list[Change]) -> list[tuple[float, float]]:
-    """From the row before (or the first phase that steps) to the row, for every step that did not stay."""
-    stepping = next((change.time for change in phases if change.phase == "productive"), story.start)
-    found, before = [], stepping
+def _thrown_intervals(
+    story: AttemptStory, phases: list[Change], saves: dict[int, float]
+) -> Iterator[tuple[float, float]]:
+    """From the row before (or its checkpoint, or the first phase that steps) to the row, for every step that did not
+    stay."""
+    before = next((change.time for change in phases if change.phase == "productive"), story.start)
     for row in story.rows:
-        if not row.is_kept:
-            found.append((before, row.time))
-        before = row.time
-    return found
+        if row.is_kept:
+            before = max(row.time, saves.get(row.step, row.time))
+        else:
+            yield before, row.time
+            before = row.time
 
 
 def _needs_done(stage_root: Path, task: dict[str, Any]) -> float:
