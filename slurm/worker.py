@@ -260,7 +260,7 @@ def log_power(context: Context, mirror: Mirror) -> None:
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
     """Put together what the stage did, what it left behind and what it drew."""
-    ledger, tokens = stage_ledger(context.directory.root), result.metrics.get("tokens")
+    ledger, tokens = stage_ledger(context.directory.root, context.attempt), result.metrics.get("tokens")
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,

@@ -151,10 +151,10 @@ class RunLedger:
         return _sum(None if one.energy_j is None else one.energy_j * one.share for one in self.inherited)
 
 
-def stage_ledger(stage_root: Path) -> StageLedger:
-    """The ledger of one stage, also while it runs."""
+def stage_ledger(stage_root: Path, finishing: int | None = None) -> StageLedger:
+    """The ledger of one stage, also while it runs. finishing: the attempt that is about to write the receipt."""
     samples = read_samples(stage_root)
-    story = stage_story(stage_root, samples)
+    story = stage_story(stage_root, samples, finishing)
     is_aside = stage_root.parent.name == "superseded"
     lost = [work for attempt in story.attempts for work in _lost(attempt, samples, is_aside)]
     energy = total_j(samples)
@@ -267,9 +267,9 @@ def _reason(attempt: AttemptStory, kind: LossKind, thrown: Sequence[Row]) -> str
 
 def _tokens(stage_root: Path, story: StageStory) -> int | None:
     """Tokens of the newest step that stayed, or what the receipt says."""
-    kept = [row.tokens for attempt in story.attempts for row in attempt.rows if row.is_kept]
-    if kept:
-        return max(kept)
+    rows = [row for attempt in story.attempts for row in attempt.rows]
+    if rows:
+        return max((row.tokens for row in rows if row.is_kept), default=0)
     receipt = read_receipt(StageDirectory(stage_root)) if story.is_done else None
     tokens = receipt.metrics.get("tokens") if receipt else None
     return tokens if isinstance(tokens, int) else None
