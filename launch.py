@@ -197,6 +197,25 @@ def logs(run: Path, stage: str, rank: int | None, follow: bool) -> None:
 
 @main.command()
 @RUN
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: joules and seconds.")
+def ledger(run: Path, as_json: bool) -> None:
+    """Show every joule of a run: per stage, attempt and node, useful apart from lost, and what is missing.
+
+    Beside it goodput, the footprint where the site states one, what was inherited from other runs, and sacct's figure.
+    """
+    from slurm import ledger as ledgers
+    from slurm.steer import open_run
+
+    directory = open_run(run)
+    found = ledgers.look(directory)
+    if as_json:
+        click.echo(json.dumps(ledgers.to_json(directory, found)))
+    else:
+        ledgers.show(directory, found)
+
+
+@main.command()
+@RUN
 @click.argument("stages", nargs=-1)
 def cancel(run: Path, stages: tuple[str, ...]) -> None:
     """Cancel the waiting and running jobs of a chain, or of some stages. Checkpoints stay; `resume` goes on."""
@@ -209,22 +228,24 @@ def cancel(run: Path, stages: tuple[str, ...]) -> None:
 @main.command()
 @RUN
 @click.argument("stage")
+@SET
 @YES
-def retry(run: Path, stage: str, yes: bool) -> None:
+def retry(run: Path, stage: str, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit a failed stage again, and what depends on it, with a fresh count of crashes."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm, overrides))
 
 
 @main.command()
 @RUN
+@SET
 @YES
-def resume(run: Path, yes: bool) -> None:
+def resume(run: Path, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit everything that is neither done nor on its way."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm, overrides))
 
 
 @main.command()

@@ -19,7 +19,7 @@ from rich.text import Text
 from hpc.config import RunConfig, Stage
 from hpc.energy.meter import newest_power
 from hpc.energy.samples import read_samples, total_j
-from hpc.errors import ConfigError, GateMissed
+from hpc.errors import BudgetSpent, ConfigError, GateMissed
 from hpc.plan.show import energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
 from hpc.run.receipt import Receipt, read_receipt
@@ -30,11 +30,20 @@ from slurm.commands import QueuedJob
 from slurm.live import describe, result_words
 
 State = Literal[
-    "done", "running", "waiting", "held up", "failed", "gate missed", "cancelled", "not submitted", "unknown"
+    "done",
+    "running",
+    "waiting",
+    "held up",
+    "failed",
+    "gate missed",
+    "budget spent",
+    "cancelled",
+    "not submitted",
+    "unknown",
 ]
-STYLE = {"done": "green", "running": "cyan", "failed": "red", "gate missed": "yellow", "held up": "yellow",
-         "cancelled": "yellow", "unknown": "red"}  # fmt: skip
-BROKEN = {"failed", "gate missed", "cancelled", "held up", "unknown"}
+STYLE = {"done": "green", "running": "cyan", "failed": "red", "gate missed": "yellow", "budget spent": "yellow",
+         "held up": "yellow", "cancelled": "yellow", "unknown": "red"}  # fmt: skip
+BROKEN = {"failed", "gate missed", "budget spent", "cancelled", "held up", "unknown"}
 
 REASONS = {
     "Dependency": "waits for what it needs",
@@ -169,8 +178,9 @@ def _state(
     last = _since_submission(rows)
     verdict = next((row for row in reversed(last) if row["event"] == "verdict"), None)
     if verdict is not None and verdict["action"] == "fail":
-        is_gate = any(row.get("exit_code") == GateMissed.exit_code for row in last)
-        return ("gate missed" if is_gate else "failed"), verdict["reason"]
+        codes = {row.get("exit_code") for row in last}
+        is_gate, is_spent = GateMissed.exit_code in codes, BudgetSpent.exit_code in codes
+        return ("gate missed" if is_gate else "budget spent" if is_spent else "failed"), verdict["reason"]
     if job is None:
         is_cancelled = any(
             row["event"] == "cancel" and stage.name in row["stages"] for row in read_jsonl(run.submissions)

@@ -57,10 +57,11 @@ MAY_IMPORT = {
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
+              "hpc.energy.goodput", "hpc.energy.budget", "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
-VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "export", "plan", "explain",
-         "schema", "report", "card", "devcluster", "bench")  # fmt: skip
+VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "plan",
+         "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}
@@ -121,7 +122,7 @@ def test_help_lists_the_verbs_in_the_order_of_use_and_all_exit_codes(launch: Lau
     text = launch("--help").stdout
     places = [text.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 130):
+    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 130):
         assert f"\n  {code:>5}  " in text
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 
 from hpc.energy.lineage import Inherited, inherited
 from hpc.energy.samples import NodeSamples, power_series, read_samples, total_j
-from hpc.energy.spans import AttemptStory, Span, StageStory, stage_story
+from hpc.energy.spans import AttemptStory, Row, Span, StageStory, stage_story
 from hpc.run.directory import StageDirectory
 from hpc.run.receipt import read_receipt
 
@@ -151,10 +151,10 @@ class RunLedger:
         return _sum(None if one.energy_j is None else one.energy_j * one.share for one in self.inherited)
 
 
-def stage_ledger(stage_root: Path) -> StageLedger:
-    """The ledger of one stage, also while it runs."""
+def stage_ledger(stage_root: Path, finishing: int | None = None) -> StageLedger:
+    """The ledger of one stage, also while it runs. finishing: the attempt that is about to write the receipt."""
     samples = read_samples(stage_root)
-    story = stage_story(stage_root, samples)
+    story = stage_story(stage_root, samples, finishing)
     is_aside = stage_root.parent.name == "superseded"
     lost = [work for attempt in story.attempts for work in _lost(attempt, samples, is_aside)]
     energy = total_j(samples)
@@ -241,7 +241,7 @@ def _lost(attempt: AttemptStory, samples: Sequence[NodeSamples], is_aside: bool)
                 attempt=attempt.number,
                 energy_j=fsum(span_joules(one, s, attempt.spans) for one in mine for s in spans) if mine else None,
                 node_s=fsum(one.seconds(s.start, s.end) for one in mine for s in spans),
-                steps=len(thrown) if thrown else None,
+                steps=sum(row.step > 0 for row in thrown) or None,
                 tokens=sum(row.tokens // row.step for row in thrown if row.step) if thrown else None,
                 reason=_reason(attempt, kind, thrown),
             )
@@ -257,19 +257,19 @@ def _loss_kind(part: str, is_aside: bool) -> LossKind | None:
     return "superseded" if is_aside else None
 
 
-def _reason(attempt: AttemptStory, kind: LossKind, thrown: Sequence[object]) -> str:
+def _reason(attempt: AttemptStory, kind: LossKind, thrown: Sequence[Row]) -> str:
     if kind == "superseded":
         return "made again from another configuration or other inputs"
-    if kind == "replayed_steps" and not any(span.part == "lost" for span in attempt.spans):
+    if thrown and thrown[-1].is_return:
         return "the loss or the gradients were bad: back to a checkpoint and past the data"
     return attempt.reason
 
 
 def _tokens(stage_root: Path, story: StageStory) -> int | None:
     """Tokens of the newest step that stayed, or what the receipt says."""
-    kept = [row.tokens for attempt in story.attempts for row in attempt.rows if row.is_kept]
-    if kept:
-        return max(kept)
+    rows = [row for attempt in story.attempts for row in attempt.rows]
+    if rows:
+        return max((row.tokens for row in rows if row.is_kept), default=0)
     receipt = read_receipt(StageDirectory(stage_root)) if story.is_done else None
     tokens = receipt.metrics.get("tokens") if receipt else None
     return tokens if isinstance(tokens, int) else None

@@ -28,7 +28,8 @@ class EnergyMeter:
 
     def __init__(self, stage_directory: Path, attempt: int) -> None:
         self._root, self._attempt = stage_directory, attempt
-        self._earlier_j = total_j(one for one in read_samples(stage_directory) if one.attempt != attempt) or 0.0
+        self.earlier_j = total_j(one for one in read_samples(stage_directory) if one.attempt != attempt) or 0.0
+        """Joules of the attempts before this one."""
 
     def read(self) -> MeterReading:
         """The newest sample of each node that belongs to this attempt."""
@@ -39,7 +40,7 @@ class EnergyMeter:
                 power[host] = float(row["total_power_w"])
             if row.get("total_energy_j") is not None:
                 energy = (energy or 0.0) + float(row["total_energy_j"])
-        return MeterReading(power, None if energy is None else energy + self._earlier_j)
+        return MeterReading(power, None if energy is None else energy + self.earlier_j)
 
 
 @dataclass(frozen=True)

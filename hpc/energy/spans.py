@@ -16,17 +16,14 @@ attempt that has ended and was not followed by another, the newest published che
 resume from. While an attempt runs, all it does counts as staying.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import groupby
+from dataclasses import dataclass, replace
+from itertools import groupby, zip_longest
 from pathlib import Path
-from typing import Any
 
+from hpc.energy.records import AttemptRecords, StageRecords, read_records
 from hpc.energy.samples import NodeSamples
-from hpc.run.attempts import newest_step
-from hpc.run.directory import StageDirectory, read_jsonl
-from hpc.run.timeline import Change, read_timeline
+from hpc.run.timeline import Change
 
 PARTS = ("queue", "start", "compile", "productive", "checkpoint", "replay", "lost", "idle")
 
@@ -50,6 +47,8 @@ class Row:
     time: float
     tokens: int
     is_kept: bool
+    is_return: bool
+    """Whether the loop went back to a checkpoint after it."""
 
 
 @dataclass(frozen=True)
@@ -92,158 +91,62 @@ class StageStory:
         return sorted([*self.gaps, *(span for one in self.attempts for span in one.spans)], key=lambda s: s.start)
 
 
-@dataclass
-class _Attempt:
-    """What is gathered about an attempt before it is judged."""
-
-    begin: dict[str, Any]
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    """Its lines of attempts.jsonl."""
-    steps: list[dict[str, Any]] = field(default_factory=list)
-    """Its rows of metrics.jsonl."""
-    changes: list[Change] = field(default_factory=list)
-    samples: list[NodeSamples] = field(default_factory=list)
-
-    @property
-    def number(self) -> int:
-        return int(self.begin["attempt"])
-
-    @property
-    def start(self) -> float:
-        return min(float(self.begin["time"]), float(self.begin.get("born") or self.begin["time"]))
-
-    @property
-    def nodes(self) -> tuple[str, ...]:
-        return tuple(self.begin.get("nodes") or (self.begin["host"],))
-
-    def of(self, event: str) -> list[dict[str, Any]]:
-        return [row for row in self.rows if row.get("event") == event]
-
-    @property
-    def last_sign(self) -> float:
-        signs = [self.start, *(float(row["time"]) for row in self.of("end")), *(one.last for one in self.samples)]
-        return max([*signs, *(float(row["time"]) for row in self.steps), *(one.time for one in self.changes)])
-
-    @property
-    def is_over(self) -> bool:
-        told = bool(self.of("end") or self.of("verdict"))
-        return told or (bool(self.samples) and all(one.has_end for one in self.samples))
-
-    @property
-    def reason(self) -> str:
-        verdicts = [row["reason"] for row in self.of("verdict") if row.get("reason")]
-        ends = [row["message"] for row in self.of("end") if row.get("message")]
-        return str(next(iter(verdicts[-1:] or ends[:1]), "it ended without a word"))
+def stage_story(stage_root: Path, samples: Sequence[NodeSamples], finishing: int | None = None) -> StageStory:
+    """Judge the records of a stage; `samples` are those of `read_samples`, `finishing` the attempt that is about to
+    write the receipt."""
+    told = read_records(stage_root, samples, finishing)
+    kept = _kept_rows(told)
+    starts = [one.start for one in told.attempts[1:]]
+    stories = [_judge(one, kept, start, told) for one, start in zip_longest(told.attempts, starts)]
+    gaps = tuple(_gaps(told, stories))
+    return StageStory(told.kind, told.maker is not None, told.is_aside, tuple(stories), gaps)
 
 
-def stage_story(stage_root: Path, samples: Sequence[NodeSamples]) -> StageStory:
-    """Read the records of a stage; `samples` are those of `read_samples`."""
-    directory = StageDirectory(stage_root)
-    task, receipt = _json(directory.task), _json(directory.receipt)
-    records = read_jsonl(directory.attempts)
-    first, end = _own_attempts(stage_root, records)
-    attempts = _gather(directory, records, samples, first, end)
-    maker = int(receipt["attempts"]) if receipt else None
-    is_aside = stage_root.parent.name == "superseded"
-    kept = _kept_rows(attempts, newest_step(directory), is_done=bool(receipt), is_aside=is_aside)
-    stories = [
-        _judge(one, kept, attempts[index + 1].start if index + 1 < len(attempts) else None, maker, is_aside)
-        for index, one in enumerate(attempts)
-    ]
-    gaps = _gaps(records, attempts, stories, _needs_done(stage_root, task), first)
-    return StageStory(str(task.get("stage", {}).get("kind", "")), bool(receipt), is_aside, tuple(stories), tuple(gaps))
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _own_attempts(stage_root: Path, records: list[dict[str, Any]]) -> tuple[int, float]:
-    """The range of attempts that belong here: a stage that was set aside while a job ran shares its record with the
-    stage that followed, and a line says where one ends."""
-    first = 1
-    for row in records:
-        if row.get("event") == "superseded":
-            if row["folder"] == stage_root.name and stage_root.parent.name == "superseded":
-                return first, int(row["attempt"])
-            first = int(row["attempt"])
-    return first, float("inf")
-
-
-def _gather(
-    directory: StageDirectory,
-    records: list[dict[str, Any]],
-    samples: Sequence[NodeSamples],
-    first: int,
-    end: float,
-) -> list[_Attempt]:
-    found = {
-        int(row["attempt"]): _Attempt(row)
-        for row in records
-        if row.get("event") == "start" and first <= int(row["attempt"]) < end
-    }
-    for row in records:
-        if row.get("event") in ("end", "verdict", "node") and row["attempt"] in found:
-            found[row["attempt"]].rows.append(row)
-    for row in read_jsonl(directory.metrics):
-        if "step" in row and row.get("attempt") in found:
-            found[row["attempt"]].steps.append(row)
-    for change in read_timeline(directory):
-        if change.attempt in found:
-            found[change.attempt].changes.append(change)
-    for one in samples:
-        if one.attempt not in found:  # an attempt that nobody recorded: its energy still counts
-            begin = {"event": "start", "attempt": one.attempt, "time": one.start, "host": one.host}
-            found[one.attempt] = _Attempt(begin)
-        found[one.attempt].samples.append(one)
-    return [found[number] for number in sorted(found)]
-
-
-def _kept_rows(attempts: list[_Attempt], newest: int, *, is_done: bool, is_aside: bool) -> set[tuple[int, int]]:
-    """(attempt, place among its rows) of every step that stayed. `newest`: step of the newest checkpoint on disk."""
+def _kept_rows(told: StageRecords) -> set[tuple[int, int]]:
+    """(attempt, place among its rows) of every step that stayed. Attempts after the one with the receipt change
+    nothing."""
     kept: list[tuple[int, int, int]] = []
 
-    def throw_after(step: int) -> None:
+    def throw_after(step: float) -> None:
         kept[:] = [row for row in kept if row[0] <= step]
 
-    for index, one in enumerate(attempts):
+    for index, one in enumerate(told.attempts):
+        if told.maker is not None and one.number > told.maker:
+            break
         if index:
-            throw_after(int(one.steps[0]["step"]) - 1 if one.steps else _resumes_from(one, is_done))
+            throw_after(int(one.steps[0]["step"]) - 1 if one.steps else int(one.begin.get("checkpoint") or -1))
         for place, row in enumerate(one.steps):
             back = row.get("rolled_back_to")
             if back is None:
                 kept.append((int(row["step"]), one.number, place))
             else:
                 throw_after(int(back))
-    if attempts and not is_done and (attempts[-1].is_over or is_aside):
-        throw_after(newest or -1)
+    if told.attempts and told.maker is None and (told.attempts[-1].is_over or told.is_aside):
+        throw_after(told.newest_checkpoint or -1)
     return {(number, place) for _, number, place in kept}
 
 
-def _resumes_from(one: _Attempt, is_done: bool) -> float:
-    """Where an attempt without a step would go on. Once a stage is done its checkpoints are gone, and not missed."""
-    return float("inf") if is_done else int(one.begin.get("checkpoint") or -1)
-
-
 def _judge(
-    one: _Attempt, kept: set[tuple[int, int]], next_start: float | None, maker: int | None, is_aside: bool
+    one: AttemptRecords, kept: set[tuple[int, int]], next_start: float | None, told: StageRecords
 ) -> AttemptStory:
     end = one.last_sign if next_start is None else max(one.start, min(one.last_sign, next_start))
     rows = tuple(
-        Row(int(row["step"]), float(row["time"]), int(row.get("tokens") or 0), (one.number, place) in kept)
+        Row(
+            int(row["step"]),
+            float(row["time"]),
+            int(row.get("tokens") or 0),
+            (one.number, place) in kept,
+            "rolled_back_to" in row,
+        )
         for place, row in enumerate(one.steps)
     )
-    is_over = one.is_over or next_start is not None or is_aside
-    stays = one.number == maker if maker is not None else not is_over
+    is_over = one.is_over or next_start is not None or told.is_aside
+    stays = one.number == told.maker if told.maker is not None else not is_over
     story = AttemptStory(
         one.number, one.start, end, is_over, one.nodes, tuple(row["node"] for row in one.of("node")), one.reason,
         rows=rows,
     )  # fmt: skip
-    if maker is not None and one.number > maker:
+    if told.maker is not None and one.number > told.maker:
         return replace(story, spans=(Span(one.number, one.start, end, "idle"),))
     return replace(story, spans=tuple(_merged(_spans(story, one.changes, stays))))
 
@@ -257,8 +160,14 @@ def _spans(story: AttemptStory, changes: list[Change], stays: bool) -> Iterator[
         phases = [replace(phases[0], phase="productive")]
     ends = [change.time for change in phases[1:]] + [story.end]
     kept_steps = {row.step for row in story.rows if row.is_kept}
-    until = float("inf") if stays else _until(story, phases, ends, kept_steps)
-    thrown = _thrown_intervals(story, phases)
+    saves = {
+        change.step: end
+        for change, end in zip(phases, ends, strict=True)
+        if change.phase == "checkpoint" and change.step in kept_steps
+    }
+    kept = [max(row.time, saves.get(row.step, row.time)) for row in story.rows if row.is_kept]
+    until = float("inf") if stays else max(kept, default=float("-inf"))
+    thrown = list(_thrown_intervals(story, phases, saves))
     cuts = {row.time for row in story.rows} | {start for start, _ in thrown} | {until}
     for change, end in zip(phases, ends, strict=True):
         inner = sorted(cut for cut in cuts if change.time < cut < end)
@@ -282,52 +191,31 @@ def _part(change: Change, begin: float, until: float, is_thrown: bool, kept_step
     return change.phase if begin < until else "lost"
 
 
-def _until(story: AttemptStory, phases: list[Change], ends: list[float], kept_steps: set[int]) -> float:
-    """Until when an attempt's work stayed: its last kept step, and the standstill for that step's checkpoint."""
-    times = [row.time for row in story.rows if row.is_kept]
-    saves = [end for change, end in zip(phases, ends, strict=True)
-             if change.phase == "checkpoint" and change.step in kept_steps]  # fmt: skip
-    return max([*times, *saves]) if times else float("-inf")
-
-
-def _thrown_intervals(story: AttemptStory, phases: list[Change]) -> list[tuple[float, float]]:
-    """From the row before (or the first phase that steps) to the row, for every step that did not stay."""
-    stepping = next((change.time for change in phases if change.phase == "productive"), story.start)
-    found, before = [], stepping
+def _thrown_intervals(
+    story: AttemptStory, phases: list[Change], saves: dict[int, float]
+) -> Iterator[tuple[float, float]]:
+    """From the row before (or its checkpoint, or the first phase that steps) to the row, for every step that did not
+    stay."""
+    before = next((change.time for change in phases if change.phase == "productive"), story.start)
     for row in story.rows:
-        if not row.is_kept:
-            found.append((before, row.time))
-        before = row.time
-    return found
+        if row.is_kept:
+            before = max(row.time, saves.get(row.step, row.time))
+        else:
+            yield before, row.time
+            before = row.time
 
 
-def _needs_done(stage_root: Path, task: dict[str, Any]) -> float:
-    """When the last of what a stage needs was done; 0 when that is not known."""
-    times = [0.0]
-    for need in task.get("stage", {}).get("needs", []):
-        rows = read_jsonl(StageDirectory(stage_root.parent.parent / "stages" / need).attempts)
-        times += [float(row["time"]) for row in rows if row.get("event") == "end" and row["outcome"] == "done"]
-    return max(times)
-
-
-def _gaps(
-    records: list[dict[str, Any]],
-    attempts: list[_Attempt],
-    stories: list[AttemptStory],
-    needs_done: float,
-    first: int,
-) -> Iterator[Span]:
+def _gaps(told: StageRecords, stories: Sequence[AttemptStory]) -> Iterator[Span]:
     """The time before the first attempt and between attempts."""
-    submits = [float(row["time"]) for row in records if row.get("event") == "submit"]
-    if stories and first == 1 and submits and submits[0] < stories[0].start:
-        start = max(submits[0], min(needs_done, stories[0].start))
+    submits = told.submits
+    if stories and submits and submits[0] < stories[0].start:
+        start = max(submits[0], min(told.eligible, stories[0].start))
         yield Span(0, start, stories[0].start, "queue")
     for index in range(1, len(stories)):
         begin, end = stories[index - 1].end, stories[index].start
         if end <= begin:
             continue
-        again = attempts[index].begin
-        before = attempts[index - 1].begin
+        before, again = told.attempts[index - 1].begin, told.attempts[index].begin
         is_requeue = bool(again.get("job")) and again.get("token") == before.get("token")
         asked = begin if is_requeue else min((t for t in submits if begin < t < end), default=end)
         if asked > begin:

@@ -29,11 +29,14 @@ SILENT_AFTER_S = 180.0
 """A running stage writes a line of energy a second: after this long without any it is not called running any more."""
 
 
-def gather(root: Path) -> RunFacts:
-    """Everything that the directory of a run tells. Raises ConfigError when it is not one."""
+def gather(root: Path, ledger: RunLedger | None = None) -> RunFacts:
+    """Everything that the directory of a run tells. Raises ConfigError when it is not one.
+
+    ledger: the run's, where it was reconciled with other sources already; read here when left out.
+    """
     run = RunDirectory(root.absolute())
     config = read_config(run)
-    ledger = read_ledger(run.root)
+    ledger = ledger or read_ledger(run.root)
     now = time.time()
     by_name = {stage.name: stage for stage in ledger.stages}
     stages = config.ordered()

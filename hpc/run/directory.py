@@ -26,6 +26,7 @@ RUN/superseded/STAGE-N/    stages that a changed configuration made again
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -222,10 +223,11 @@ class RunDirectory:
         """The paths of one stage."""
         return StageDirectory(self.root / "stages" / name)
 
-    def supersede(self, name: str, keep: tuple[Path, ...] = ()) -> Path:
+    def supersede(self, name: str, attempt: int | None = None) -> Path:
         """Move a stage aside, with all it spent, so that it can be made again. Returns where it went.
 
-        Files in `keep` are copied: they stay where they are too.
+        From within an attempt, give its number: the record of attempts and the task stay where they are too, and a line
+        in the record says that the attempts before this one went along.
         """
         number = 1
         while (target := self.root / "superseded" / f"{name}-{number}").exists():
@@ -233,12 +235,15 @@ class RunDirectory:
         root = self.stage(name).root
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
-            if not keep:
+            if attempt is None:
                 root.rename(target)
                 return target
+            stage = StageDirectory(root)
+            row = {"event": "superseded", "attempt": attempt, "time": time.time(), "folder": target.name}
+            append_jsonl(stage.attempts, row)
             target.mkdir()
             for path in list(root.iterdir()):
-                if path in keep:
+                if path in (stage.attempts, stage.task):
                     shutil.copyfile(path, target / path.name)
                 else:
                     path.rename(target / path.name)

@@ -1,6 +1,7 @@
 """The verbs that tell what a run was: `report` of one run or several, `card` of a model."""
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -16,22 +17,33 @@ def report(runs: tuple[Path, ...], out: Path | None) -> None:
     RUN is a run directory or its configuration file. One run's page is RUN/report.html; a comparison is compare.html
     beside the first run's directory. The pages need no network.
     """
-    from hpc.report.gather import gather
-    from slurm.steer import open_run
-
-    roots = [open_run(run).root for run in runs]
-    told = [gather(root) for root in roots]
+    told = [_facts(run) for run in runs]
+    first = Path(told[0].root)
     if len(told) == 1:
         from hpc.report.page import write_report
 
-        path = out or roots[0] / "report.html"
+        path = out or first / "report.html"
         write_report(told[0], path)
     else:
         from hpc.report.compare import write_comparison
 
-        path = out or roots[0].parent / "compare.html"
+        path = out or first.parent / "compare.html"
         write_comparison(told, path)
     click.echo(f"report: {path}")
+
+
+def _facts(run: Path) -> Any:
+    """What the directory of a run tells, its joules beside those of Slurm's accounting where that answers here."""
+    from hpc.errors import ArtifactError
+    from hpc.report.gather import gather
+    from slurm import ledger
+    from slurm.steer import open_run
+
+    directory = open_run(run)
+    try:
+        return gather(directory.root, ledger.look(directory))
+    except ArtifactError:  # a damaged receipt: the page names it
+        return gather(directory.root)
 
 
 @click.command()

@@ -114,7 +114,9 @@ def test_energy_of_a_killed_attempt_stays_in_the_ledger(small: Path, launch: Lau
     ledger = stage_ledger(run / "stages/pretrain")
     assert [part.attempt for part in ledger.nodes] == [1, 2]
     assert all(part.energy_j is not None and part.energy_j > 0 for part in ledger.nodes)
-    assert [(work.kind, work.attempt) for work in ledger.lost] == [("failed_attempt", 1), ("replayed_steps", 1)]
+    assert {work.attempt for work in ledger.lost} == {1}
+    assert next(work.steps for work in ledger.lost if work.kind == "replayed_steps") >= 2
+    assert ledger.missing == ()
     receipt = json.loads((run / "stages/pretrain/receipt.json").read_text())
     assert receipt["energy"]["energy_j"] == pytest.approx(ledger.energy_j, rel=0.05)
 
