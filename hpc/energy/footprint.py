@@ -72,6 +72,16 @@ def _times(a: float | None, b: float | None) -> float | None:
     return None if a is None or b is None else a * b
 
 
+NAMES = {
+    "other_it_fraction": "other IT",
+    "pue": "PUE",
+    "wue_l_per_kwh": "WUE",
+    "carbon_g_per_kwh": "carbon intensity",
+    "embodied_g_per_node_hour": "embodied emissions",
+}
+"""The facility's keys as a person says them."""
+
+
 @dataclass(frozen=True)
 class Line:
     """One row of a footprint, as a person reads it."""
@@ -92,7 +102,7 @@ def lines(found: Footprint, node_hours: float, facility: Facility) -> list[Line]
     def line(name: str, value: float | None, unit: str, how: str, *needs: str) -> Line:
         missing = [need for need in needs if need not in stated]
         if missing:
-            how = f"the site does not state {' and '.join(missing)}"
+            how = f"the site does not state its {' and '.join(NAMES[name] for name in missing)}"
         sources = dict.fromkeys(stated[need].words for need in needs if need in stated)
         return Line(name, value, unit, how, "; ".join(sources))
 

@@ -14,6 +14,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from hpc.config.near import nearest
+from hpc.energy.footprint import NAMES
 from hpc.errors import ConfigError
 from hpc.plan.show import amount
 from hpc.report import account, words
@@ -149,7 +150,7 @@ def emissions(run: RunFacts, stage: StageFacts) -> dict[str, Any] | None:
         return None
     facilities = {one.facility.model_dump_json(): one.facility for one in only.stages}.values()
     stated = "; ".join(
-        f"{name} {figure.value:g} ({figure.words})"
+        f"{NAMES[name]} {figure.value:g}{' g/kWh' if name == 'carbon_g_per_kwh' else ''} ({figure.words})"
         for facility in facilities
         for name, figure in facility.stated().items()
         if name in ("carbon_g_per_kwh", "pue", "other_it_fraction")

@@ -28,7 +28,7 @@ def power(stages: Sequence[StageFacts]) -> Figure | None:
         drawn(stages, hosts, clock), "minutes, without long pauses" if clock.cuts else "minutes", "W per node"
         if len(hosts) <= LINES_OF_NODES else "", height=360, legend=1 < len(hosts) <= LINES_OF_NODES, shapes=shapes,
         annotations=notes, yaxis={"rangemode": "tozero"} if len(hosts) <= LINES_OF_NODES else {},
-        xaxis={"range": [0, clock.length]}, legend_y=1.13,
+        xaxis={"range": [0, clock.length]}, legend_y=1.13, margin={"t": 44},
     )  # fmt: skip
 
 

@@ -112,6 +112,8 @@ def headline(run: RunFacts) -> str:
         estimated = " (estimated)" if run.is_estimated else ""
         words.append(f"{least}{energy(run.energy_j)}{estimated}{lost_words(run)} in {duration(wall_s(run))}")
     text = "; ".join(words) or "no model was trained in this run yet"
+    if words and not trained and any(stage.state != "done" for stage in run.chain):
+        text = f"so far {text}"
     return text[0].upper() + text[1:] + "."
 
 
@@ -155,7 +157,7 @@ def cards(run: RunFacts) -> list[dict[str, Any]]:
             trained.provenance.get("heldout_perplexity"))  # fmt: skip
         for label, key in (("parameters", "total_params"), ("active per token", "active_params")):
             value = trained.metrics.get(key)
-            add(label, DASH if value is None else f"{value / 1e6:,.1f} M", trained.provenance.get(key))
+            add(label, parameters(value), trained.provenance.get(key))
         add("training tokens/s", show(trained.metrics.get("tokens_per_s"), "{:,.0f}"),
             trained.provenance.get("tokens_per_s"))  # fmt: skip
     if run.ledger:
@@ -176,6 +178,13 @@ def cards(run: RunFacts) -> list[dict[str, Any]]:
     if ratio is not None:
         add("quantization: perplexity", percent(ratio - 1), "derived: quantized / source, worst token set")
     return found
+
+
+def parameters(value: float | None) -> str:
+    """A number of parameters, in millions or billions (10^9)."""
+    if value is None:
+        return DASH
+    return f"{value / 1e9:,.1f} B" if value >= 1e9 else f"{value / 1e6:,.1f} M"
 
 
 def kilograms(value: float | None) -> str:

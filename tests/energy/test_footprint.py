@@ -54,7 +54,7 @@ def test_what_the_site_does_not_state_is_unknown_and_the_rows_say_so() -> None:
     assert found.it_kwh == 1.0
     rows = lines(found, 1.0, Facility())
     assert [row.value for row in rows] == [None] * 7
-    assert all(row.how.startswith("the site does not state ") and not row.source for row in rows)
+    assert all(row.how.startswith("the site does not state its ") and not row.source for row in rows)
 
 
 def test_parts_on_two_sites_add_up_and_one_that_states_less_makes_the_sum_unknown() -> None:

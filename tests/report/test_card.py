@@ -43,7 +43,7 @@ def test_the_hub_reads_tags_library_evaluation_and_emissions(root: Path) -> None
     assert emissions["training_type"] == "pre-training and fine-tuning"
     assert emissions["geographical_location"] == "Edinburgh, UK"
     assert emissions["hardware_used"].startswith("A made-up cluster, 4 x GPU X a node")
-    assert "carbon_g_per_kwh 41.5 (grid operator, 2024)" in emissions["source"]
+    assert "carbon intensity 41.5 g/kWh (grid operator, 2024)" in emissions["source"]
     assert "measured joules of all attempts" in emissions["source"]
 
 
