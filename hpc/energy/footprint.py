@@ -103,7 +103,7 @@ def lines(found: Footprint, node_hours: float, facility: Facility) -> list[Line]
         missing = [need for need in needs if need not in stated]
         if missing:
             how = f"the site does not state its {' and '.join(NAMES[name] for name in missing)}"
-        sources = dict.fromkeys(stated[need].words for need in needs if need in stated)
+        sources = dict.fromkeys(stated[need].words for need in needs) if not missing else {}
         return Line(name, value, unit, how, "; ".join(sources))
 
     def told(name: str) -> str:

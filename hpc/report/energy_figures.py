@@ -154,5 +154,5 @@ def goodput_bars(rows: Mapping[str, Mapping[str, float]], units: Mapping[str, st
         )  # fmt: skip
     return finish(
         data, "% of the whole", "", height=130 + 34 * len(names), barmode="stack", bargap=0.35,
-        xaxis={"range": [0, 100]}, yaxis={"ticksuffix": " "},
+        xaxis={"range": [0, 100]}, yaxis={"ticksuffix": " "}, uniformtext={"minsize": 10, "mode": "hide"},
     )  # fmt: skip

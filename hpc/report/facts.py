@@ -56,7 +56,6 @@ class StageFacts:
     history: tuple[dict[str, Any], ...] = ()
     """Rows of metrics.jsonl, each step once."""
     power: tuple[NodePower, ...] = ()
-    goodput: Goodput | None = None
 
     @property
     def energy_j(self) -> float | None:

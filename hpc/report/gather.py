@@ -14,7 +14,7 @@ import yaml
 from pydantic import ValidationError
 
 from hpc.config import Facility, RunConfig, Stage
-from hpc.energy.goodput import run_goodput, stage_goodput
+from hpc.energy.goodput import run_goodput
 from hpc.energy.ledger import RunLedger, StageLedger, run_ledger, run_stages, stage_ledger
 from hpc.errors import ArtifactError, ConfigError
 from hpc.plan.show import duration
@@ -122,7 +122,6 @@ def _stage(
         facility=task.facility if task else Facility(),
         history=tuple(history(directory.metrics)),
         power=read_power(directory.root),
-        goodput=stage_goodput(directory.root),
     )
 
 
