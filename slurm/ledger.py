@@ -1,6 +1,6 @@
 """`launch.py ledger`: every joule of a run as a table or JSON, beside what Slurm's accounting counted."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from rich.table import Table
 
 from hpc.energy.footprint import Footprint, footprint
 from hpc.energy.goodput import Goodput, run_goodput
-from hpc.energy.ledger import Reconciled, RunLedger, StageLedger, run_ledger
+from hpc.energy.ledger import Reconciled, RunLedger, StageLedger, run_ledger, run_stages
 from hpc.errors import SiteError
 from hpc.plan.show import duration, energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
@@ -17,8 +17,7 @@ from hpc.run.task import TaskFile
 from slurm import commands
 
 SACCT_NOTE = (
-    "Slurm counts whole nodes while srun's steps run, a sample every few seconds; ours are counted from a sampler's "
-    "start to its end"
+    "whole nodes while srun's steps run, a sample every few seconds; ours are counted from a sampler's start to its end"
 )
 
 
@@ -29,11 +28,30 @@ def look(run: RunDirectory) -> RunLedger:
     if not jobs:
         return ledger
     try:
-        theirs = commands.consumed_energy(jobs)
+        told = commands.consumed_energy(jobs)
     except SiteError:
-        theirs = None
-    note = SACCT_NOTE if theirs is not None else "sacct has no energy here: Slurm's AcctGatherEnergyType is not set"
-    return replace(ledger, reconciled=(*ledger.reconciled, Reconciled("sacct", theirs, ledger.energy_j, note)))
+        told = {}
+    return replace(ledger, reconciled=(*ledger.reconciled, with_sacct(run, ledger, told)))
+
+
+def with_sacct(run: RunDirectory, ledger: RunLedger, told: Mapping[str, Sequence[float | None]]) -> Reconciled:
+    """Slurm's figure beside ours, over those attempts that Slurm has a figure of. told: job -> joules by restart."""
+    theirs, ours, without = [], [], 0
+    for root, stage in zip(run_stages(run.root), ledger.stages, strict=True):
+        for row in read_jsonl(StageDirectory(root).attempts):
+            mine = [node.energy_j for node in stage.nodes if node.attempt == row.get("attempt")]
+            if row.get("event") != "start" or not row["job"] or not mine:
+                continue
+            records = told.get(row["job"], [])
+            joules = records[row["restart"]] if row["restart"] < len(records) else None
+            without += joules is None
+            if joules is not None:
+                theirs.append(joules)
+                ours += [own for own in mine if own is not None]
+    if not theirs:
+        return Reconciled("sacct", None, None, "it has no energy here: Slurm's AcctGatherEnergyType is not set")
+    lacks = f"; {without} attempts without a figure are left out on both sides: Slurm drops what was requeued or lost"
+    return Reconciled("sacct", sum(theirs), sum(ours), SACCT_NOTE + (lacks if without else ""))
 
 
 def to_json(run: RunDirectory, ledger: RunLedger) -> dict[str, Any]:
@@ -118,9 +136,12 @@ def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
     for one in ledger.inherited:
         yield f"inherited: {energy(one.energy_j)} of {one.stage} in {one.run} ({one.reason})"
     for source in ledger.reconciled:
-        difference = "" if source.difference_j is None else f", difference {energy(source.difference_j)}"
+        if source.difference_j is None or not source.ours_j:
+            yield f"{source.name}: {source.note}"
+            continue
+        part = source.difference_j / source.ours_j
         yield (
-            f"{source.name}: {energy(source.theirs_j)} beside our {energy(source.ours_j)}{difference} ({source.note})"
+            f"{source.name}: {energy(source.theirs_j)} beside our {energy(source.ours_j)}, {part:+.1%} ({source.note})"
         )
 
 

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.config import RunConfig, Stage
+from hpc.energy.curves import read_samples, total_j
 from hpc.energy.meter import newest_power
-from hpc.energy.samples import read_samples, total_j
 from hpc.errors import BudgetSpent, ConfigError, GateMissed
 from hpc.plan.show import energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl

@@ -43,6 +43,12 @@ class NodeSamples:
     by_counter: dict[str, float | None]
     """Joules of each counter at its last sample; None for one that was never read."""
     provenance: tuple[str, ...]
+    scopes: dict[str, str]
+    """Counter -> what it covers."""
+    unsure_j: float
+    """At most so many joules more were drawn, where a counter was silent or wrapped unseen."""
+    notes: tuple[str, ...]
+    """What the sampler had to say: what it cannot measure, who else uses the node, a counter that restarted."""
 
     @property
     def start(self) -> float:
@@ -118,15 +124,16 @@ def _groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         if row.get("event") == "start":
             newest[attempt] = [row]
             groups.append(newest[attempt])
-        elif row.get("event") in ("sample", "end") and attempt in newest:
+        elif row.get("event") in ("sample", "end", "note") and attempt in newest:
             newest[attempt].append(row)
     return groups
 
 
 def _node_samples(host: str, rows: list[dict[str, Any]], until: float | None) -> NodeSamples | None:
     """The curve of one sampler, None when it wrote no sample (before `until`)."""
-    start = float(rows[0]["time"])
-    samples = [row for row in rows[1:] if until is None or float(row["time"]) <= until]
+    begin, start = rows[0], float(rows[0]["time"])
+    seen = [row for row in rows[1:] if until is None or float(row["time"]) <= until]
+    samples = [row for row in seen if row["event"] != "note"]
     if not samples:
         return None
     times, joules, by_counter = [start], [0.0], dict[str, float | None]()
@@ -140,15 +147,19 @@ def _node_samples(host: str, rows: list[dict[str, Any]], until: float | None) ->
             times.append(float(row["time"]))
             joules.append(joules[-1])
         joules[-1] = max(joules[-1], grain(float(total)))
-    provenance = dict.fromkeys(counter["provenance"] for counter in rows[0].get("counters", []))
+    counters = begin.get("counters", [])
+    notes = [*begin.get("notes", []), *(row["text"] for row in seen if row["event"] == "note")]
     return NodeSamples(
-        attempt=int(rows[0]["attempt"]),
+        attempt=int(begin["attempt"]),
         host=host,
         times=tuple(times),
         joules=tuple(joules),
         last=float(samples[-1]["time"]),
         has_total=any(row.get("total_energy_j") is not None for row in samples),
-        has_end=rows[-1].get("event") == "end" or len(samples) < len(rows) - 1,
+        has_end=rows[-1].get("event") == "end" or len(seen) < len(rows) - 1,
         by_counter=by_counter,
-        provenance=tuple(provenance),
+        provenance=tuple(dict.fromkeys(counter["provenance"] for counter in counters)),
+        scopes={counter["name"]: counter["scope"] for counter in counters if "scope" in counter},
+        unsure_j=float(samples[-1].get("unsure_j") or 0.0),
+        notes=tuple(dict.fromkeys(str(note) for note in notes)),
     )
