@@ -126,6 +126,8 @@ def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
         yield from (f"  {words}" for words in ledger.missing)
     else:
         yield "complete: every node of every attempt reported to its end"
+    notes = dict.fromkeys(note for stage in ledger.stages for node in stage.nodes for note in node.notes)
+    yield from (f"note: {note}" for note in notes)
     goodput = run_goodput(run.root)
     if goodput is not None:
         yield _goodput_words(goodput)
