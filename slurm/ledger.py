@@ -1,21 +1,25 @@
 """`launch.py ledger`: every joule of a run as a table or JSON, beside what Slurm's accounting counted."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from hpc.config import Facility
 from hpc.energy.footprint import Footprint, footprint
 from hpc.energy.goodput import Goodput, run_goodput
-from hpc.energy.ledger import Reconciled, RunLedger, StageLedger, run_ledger, run_stages
+from hpc.energy.ledger import GAP_S, Reconciled, RunLedger, StageLedger, run_ledger, run_stages
 from hpc.errors import SiteError
 from hpc.plan.show import duration, energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
-from hpc.run.task import TaskFile
 from slurm import commands
 
+LONGEST_REASON = 120
 SACCT_NOTE = (
     "whole nodes while srun's steps run, a sample every few seconds; ours are counted from a sampler's start to its end"
 )
@@ -70,10 +74,11 @@ def to_json(run: RunDirectory, ledger: RunLedger) -> dict[str, Any]:
 def site_footprint(run: RunDirectory, ledger: RunLedger) -> Footprint | None:
     """What follows from the site's statements about its building; None where it states nothing."""
     tasks = [StageDirectory(path).task for path in sorted((run.root / "stages").glob("*"))]
-    found = [TaskFile.read(path).facility for path in tasks if path.exists()]
-    if ledger.energy_j is None or not found or not found[-1].model_dump(exclude={"source"}, exclude_none=True):
+    stated = [json.loads(path.read_text(encoding="utf-8")).get("facility") for path in tasks if path.exists()]
+    facility = Facility.model_validate(next(filter(None, reversed(stated)), {}))
+    if ledger.energy_j is None or not facility.model_dump(exclude={"source"}, exclude_none=True):
         return None
-    return footprint(ledger.energy_j, ledger.node_s / 3600, found[-1])
+    return footprint(ledger.energy_j, ledger.node_s / 3600, facility)
 
 
 def show(run: RunDirectory, ledger: RunLedger, console: Console | None = None) -> None:
@@ -81,7 +86,7 @@ def show(run: RunDirectory, ledger: RunLedger, console: Console | None = None) -
     console = console or Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 160)
     console.print(_table(ledger))
     for line in _words(run, ledger):
-        console.print(line)
+        console.print(line, markup=False)
 
 
 def _table(ledger: RunLedger) -> Table:
@@ -95,7 +100,7 @@ def _table(ledger: RunLedger) -> Table:
         tokens = "-" if stage.tokens is None else f"{stage.tokens:,}"
         table.add_row(stage.name, "", "", *joules, duration(stage.node_s), tokens, style="bold")
         for row in _node_rows(stage):
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # words of libraries may hold what rich takes for markup
     amounts = (energy(ledger.energy_j), energy(ledger.useful_j), energy(ledger.lost_j), duration(ledger.node_s))
     table.add_row("total", "", "", *amounts, style="bold")
     return table
@@ -115,7 +120,7 @@ def _node_rows(stage: StageLedger) -> Iterator[tuple[str, ...]]:
 
 def _lost_words(kind: str, joules: float | None, steps: int | None, reason: str) -> str:
     count = f" ({steps} steps)" if steps else ""
-    return f"{energy(joules)} lost in {kind.replace('_', ' ')}{count}: {reason}"
+    return f"{energy(joules)} lost in {kind.replace('_', ' ')}{count}: {shorten(reason, LONGEST_REASON)}"
 
 
 def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
@@ -125,7 +130,7 @@ def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
         yield "INCOMPLETE: what was drawn is at least the total above; missing:"
         yield from (f"  {words}" for words in ledger.missing)
     else:
-        yield "complete: every node of every attempt reported to its end"
+        yield f"complete: every node of every attempt reported, to within {GAP_S:.0f} s of its end"
     notes = dict.fromkeys(note for stage in ledger.stages for node in stage.nodes for note in node.notes)
     yield from (f"note: {note}" for note in notes)
     goodput = run_goodput(run.root)

@@ -158,7 +158,7 @@ def stage_ledger(stage_root: Path, finishing: int | None = None) -> StageLedger:
         lost_j=None if energy is None else lost_j,
         node_s=fsum(one.last - one.start for one in samples),
         tokens=0 if is_aside else _tokens(stage_root, story),
-        nodes=tuple(_node_energy(one) for one in samples),
+        nodes=tuple(_node_energy(one) for one in sorted(samples, key=lambda one: (one.attempt, one.host))),
         lost=tuple(lost),
         missing=tuple(words for attempt in story.attempts for words in _missing(attempt, samples)),
         provenance=tuple(dict.fromkeys(source for one in samples for source in one.provenance)),

@@ -1,14 +1,16 @@
 """sacct's energy beside the ledger's, without a Slurm: what it prints is put in its place."""
 
+import io
 import subprocess
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from hpc.energy.reconcile import with_wandb
 from hpc.run.directory import RunDirectory
 from slurm import commands
-from slurm.ledger import look
+from slurm.ledger import look, show
 from tests.energy.life import Life
 
 UNDERFLOW = "18446744073707552768"
@@ -28,6 +30,7 @@ def test_only_attempts_that_slurm_has_a_figure_of_are_compared(tmp_path: Path, m
         life.begin(1.0, 1.0)
         life.do_step(6.0 + restart)
         life.end(1.0, None if restart < 2 else "stopped")
+        life.event("verdict", attempt=life.attempt, action="requeue", reason="[/odd/words] of a library")
         life.passes(1.0, "queue")
     starts = (life.root / "attempts.jsonl").read_text().replace('"restart": 0', '"restart": {}').split("{}")
     text = "".join(f"{part}{number}" for number, part in enumerate(starts[:-1])) + starts[-1]
@@ -46,6 +49,13 @@ def test_only_attempts_that_slurm_has_a_figure_of_are_compared(tmp_path: Path, m
     source = ledger.reconciled[0]
     assert (source.theirs_j, source.ours_j, source.difference_j) == (300.0, third, 300.0 - third)
     assert "2 attempts without a figure are left out on both sides" in source.note
+
+    run.config.write_text("")
+    show(run, ledger, Console(file=(page := io.StringIO()), width=200))
+    words = page.getvalue()
+    assert "lost in failed attempt: [/odd/words] of a library" in words, "rich takes no part of it for markup"
+    assert "sacct: 0.0833 Wh beside our" in words
+    assert "complete: every node" in words
 
     monkeypatch.setattr(commands, "call", lambda *words, **_: subprocess.CompletedProcess(words, 1, "", "no slurmdbd"))
     assert look(run).reconciled[0].theirs_j is None
