@@ -99,18 +99,22 @@ def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
     return jobs
 
 
-def consumed_energy(ids: Sequence[str]) -> float | None:
-    """Joules of some jobs over all their attempts, as the accounting database has them; None where it has none.
+def consumed_energy(ids: Sequence[str]) -> dict[str, list[float | None]]:
+    """Raw job id -> joules of each of its attempts, in their order, as the accounting database has them.
 
-    Allocations only: the rows of steps hold the same energy again. Raises SiteError when sacct is missing or hangs.
+    Allocations only: the rows of steps hold the same energy again. None for an attempt without a figure: Slurm writes
+    one only where the job ended by itself, not where it was requeued or lost a node (seen with 22.05).
+    Raises SiteError when sacct is missing or hangs.
     """
     result = call(
         "sacct", "--noheader", "--allocations", "--duplicates", "--parsable2", "--jobs", ",".join(ids),
-        "--format=JobID,ConsumedEnergyRaw", check=False,
+        "--format=JobIDRaw,ConsumedEnergyRaw", check=False,
     )  # fmt: skip
-    found = [consumed_energy_j(line.partition("|")[2]) for line in result.stdout.splitlines() if "|" in line]
-    known = [joules for joules in found if joules is not None]
-    return sum(known) if known and result.returncode == 0 else None
+    found: dict[str, list[float | None]] = {}
+    for line in result.stdout.splitlines() if result.returncode == 0 else []:
+        job, _, raw = line.partition("|")
+        found.setdefault(job, []).append(consumed_energy_j(raw))
+    return found
 
 
 def settings() -> dict[str, str]:

@@ -1,24 +1,27 @@
 """`launch.py ledger`: every joule of a run as a table or JSON, beside what Slurm's accounting counted."""
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from textwrap import shorten
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
+from hpc.config import Facility
 from hpc.energy.footprint import Footprint, footprint
 from hpc.energy.goodput import Goodput, run_goodput
-from hpc.energy.ledger import Reconciled, RunLedger, StageLedger, run_ledger
+from hpc.energy.ledger import GAP_S, Reconciled, RunLedger, StageLedger, run_ledger, run_stages
 from hpc.errors import SiteError
 from hpc.plan.show import duration, energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
-from hpc.run.task import TaskFile
 from slurm import commands
 
+LONGEST_REASON = 120
 SACCT_NOTE = (
-    "Slurm counts whole nodes while srun's steps run, a sample every few seconds; ours are counted from a sampler's "
-    "start to its end"
+    "whole nodes while srun's steps run, a sample every few seconds; ours are counted from a sampler's start to its end"
 )
 
 
@@ -29,11 +32,30 @@ def look(run: RunDirectory) -> RunLedger:
     if not jobs:
         return ledger
     try:
-        theirs = commands.consumed_energy(jobs)
+        told = commands.consumed_energy(jobs)
     except SiteError:
-        theirs = None
-    note = SACCT_NOTE if theirs is not None else "sacct has no energy here: Slurm's AcctGatherEnergyType is not set"
-    return replace(ledger, reconciled=(*ledger.reconciled, Reconciled("sacct", theirs, ledger.energy_j, note)))
+        told = {}
+    return replace(ledger, reconciled=(*ledger.reconciled, with_sacct(run, ledger, told)))
+
+
+def with_sacct(run: RunDirectory, ledger: RunLedger, told: Mapping[str, Sequence[float | None]]) -> Reconciled:
+    """Slurm's figure beside ours, over those attempts that Slurm has a figure of. told: job -> joules by restart."""
+    theirs, ours, without = [], [], 0
+    for root, stage in zip(run_stages(run.root), ledger.stages, strict=True):
+        for row in read_jsonl(StageDirectory(root).attempts):
+            mine = [node.energy_j for node in stage.nodes if node.attempt == row.get("attempt")]
+            if row.get("event") != "start" or not row["job"] or not mine:
+                continue
+            records = told.get(row["job"], [])
+            joules = records[row["restart"]] if row["restart"] < len(records) else None
+            without += joules is None
+            if joules is not None:
+                theirs.append(joules)
+                ours += [own for own in mine if own is not None]
+    if not theirs:
+        return Reconciled("sacct", None, None, "it has no energy here: Slurm's AcctGatherEnergyType is not set")
+    lacks = f"; {without} attempts without a figure are left out on both sides: Slurm drops what was requeued or lost"
+    return Reconciled("sacct", sum(theirs), sum(ours), SACCT_NOTE + (lacks if without else ""))
 
 
 def to_json(run: RunDirectory, ledger: RunLedger) -> dict[str, Any]:
@@ -52,10 +74,11 @@ def to_json(run: RunDirectory, ledger: RunLedger) -> dict[str, Any]:
 def site_footprint(run: RunDirectory, ledger: RunLedger) -> Footprint | None:
     """What follows from the site's statements about its building; None where it states nothing."""
     tasks = [StageDirectory(path).task for path in sorted((run.root / "stages").glob("*"))]
-    found = [TaskFile.read(path).facility for path in tasks if path.exists()]
-    if ledger.energy_j is None or not found or not found[-1].stated():
+    stated = [json.loads(path.read_text(encoding="utf-8")).get("facility") for path in tasks if path.exists()]
+    facility = Facility.model_validate(next(filter(None, reversed(stated)), {}))
+    if ledger.energy_j is None or not facility.stated():
         return None
-    return footprint(ledger.energy_j, ledger.node_s / 3600, found[-1])
+    return footprint(ledger.energy_j, ledger.node_s / 3600, facility)
 
 
 def show(run: RunDirectory, ledger: RunLedger, console: Console | None = None) -> None:
@@ -63,7 +86,7 @@ def show(run: RunDirectory, ledger: RunLedger, console: Console | None = None) -
     console = console or Console(highlight=False, soft_wrap=False, width=None if Console().is_terminal else 160)
     console.print(_table(ledger))
     for line in _words(run, ledger):
-        console.print(line)
+        console.print(line, markup=False)
 
 
 def _table(ledger: RunLedger) -> Table:
@@ -77,7 +100,7 @@ def _table(ledger: RunLedger) -> Table:
         tokens = "-" if stage.tokens is None else f"{stage.tokens:,}"
         table.add_row(stage.name, "", "", *joules, duration(stage.node_s), tokens, style="bold")
         for row in _node_rows(stage):
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # words of libraries may hold what rich takes for markup
     amounts = (energy(ledger.energy_j), energy(ledger.useful_j), energy(ledger.lost_j), duration(ledger.node_s))
     table.add_row("total", "", "", *amounts, style="bold")
     return table
@@ -97,7 +120,7 @@ def _node_rows(stage: StageLedger) -> Iterator[tuple[str, ...]]:
 
 def _lost_words(kind: str, joules: float | None, steps: int | None, reason: str) -> str:
     count = f" ({steps} steps)" if steps else ""
-    return f"{energy(joules)} lost in {kind.replace('_', ' ')}{count}: {reason}"
+    return f"{energy(joules)} lost in {kind.replace('_', ' ')}{count}: {shorten(reason, LONGEST_REASON)}"
 
 
 def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
@@ -107,7 +130,9 @@ def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
         yield "INCOMPLETE: what was drawn is at least the total above; missing:"
         yield from (f"  {words}" for words in ledger.missing)
     else:
-        yield "complete: every node of every attempt reported to its end"
+        yield f"complete: every node of every attempt reported, to within {GAP_S:.0f} s of its end"
+    notes = dict.fromkeys(note for stage in ledger.stages for node in stage.nodes for note in node.notes)
+    yield from (f"note: {note}" for note in notes)
     goodput = run_goodput(run.root)
     if goodput is not None:
         yield _goodput_words(goodput)
@@ -118,9 +143,12 @@ def _words(run: RunDirectory, ledger: RunLedger) -> Iterator[str]:
     for one in ledger.inherited:
         yield f"inherited: {energy(one.energy_j)} of {one.stage} in {one.run} ({one.reason})"
     for source in ledger.reconciled:
-        difference = "" if source.difference_j is None else f", difference {energy(source.difference_j)}"
+        if source.difference_j is None or not source.ours_j:
+            yield f"{source.name}: {source.note}"
+            continue
+        part = source.difference_j / source.ours_j
         yield (
-            f"{source.name}: {energy(source.theirs_j)} beside our {energy(source.ours_j)}{difference} ({source.note})"
+            f"{source.name}: {energy(source.theirs_j)} beside our {energy(source.ours_j)}, {part:+.1%} ({source.note})"
         )
 
 

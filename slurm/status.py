@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.config import RunConfig, Stage
+from hpc.energy.curves import read_samples, total_j
 from hpc.energy.meter import newest_power
-from hpc.energy.samples import read_samples, total_j
 from hpc.errors import BudgetSpent, ConfigError, GateMissed
 from hpc.plan.show import energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
@@ -244,7 +244,7 @@ def render(status: ChainStatus) -> Table:
     for stage, prefix in _tree(status.stages):
         joules = "-" if stage.energy_j is None else ("~" if stage.is_estimated else "") + energy(stage.energy_j)
         name, state = Text(prefix + stage.name, "bold"), Text(stage.state, STYLE.get(stage.state, ""))
-        table.add_row(name, state, str(stage.attempts or "-"), joules, stage.job or "-", stage.text)
+        table.add_row(name, state, str(stage.attempts or "-"), joules, stage.job or "-", Text(stage.text))
     return table
 
 
@@ -277,7 +277,7 @@ def show(status: ChainStatus, console: Console | None = None) -> None:
     console.print(f"{status.name}: {done} of {len(status.stages)} stages done{total}")
     console.print(render(status))
     for note in status.notes:
-        console.print(note)
+        console.print(note, markup=False)
     if any(stage.is_estimated for stage in status.stages):
         console.print("~ estimated, not measured", style="dim")
 
@@ -298,4 +298,4 @@ def watch_chain(run: RunDirectory, every_s: float) -> None:
                 break
             time.sleep(every_s)
     for note in status.notes:
-        console.print(note)
+        console.print(note, markup=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from hpc.config import Lora, Pretrain, RunConfig
+from hpc.config import RunConfig
 from hpc.energy.budget import Budget
 from hpc.energy.ledger import power_series, stage_ledger
 from hpc.energy.sampler import start_sampler, stop_sampler
@@ -128,7 +128,7 @@ class StageTask:
             context.verify_inputs()
         mirror = start_mirror(context) if context.world.is_first else Mirror()
         context = replace(context, mirror=mirror, budget=limit_of(context))
-        if not isinstance(context.task.stage, (Pretrain, Lora)):
+        if not hasattr(context.task.stage, "train"):  # the training loop tells its phases itself
             context.phase("productive")
         try:
             result = stage_function(context.task.stage.kind)(context)

@@ -3,7 +3,8 @@
 A stage's budget covers all attempts of that stage; a run's budget covers all stages, superseded ones too. Spent is
 what the samplers have counted, lost work included. Rank 0 looks at the newest samples at every step, and at the other
 stages of a run every OTHERS_S; a training stage then stops at the step's end, after a checkpoint. What it draws from
-the last sample to the end of that checkpoint comes on top of the budget.
+the last sample to the end of that checkpoint comes on top of the budget. A stage past its last step ends as it would
+without one.
 
 Where nothing can be measured or estimated nothing can be limited: the plan says so before.
 """

@@ -12,8 +12,8 @@ from itertools import pairwise
 from math import fsum
 from pathlib import Path
 
+from hpc.energy.curves import NodeSamples, read_samples
 from hpc.energy.ledger import run_stages, span_joules
-from hpc.energy.samples import NodeSamples, read_samples
 from hpc.energy.spans import PARTS, Span, StageStory, stage_story
 
 __all__ = ["PARTS", "Goodput", "run_goodput", "stage_goodput"]

@@ -17,8 +17,9 @@ from math import fsum
 from pathlib import Path
 from typing import Literal
 
+from hpc.energy.curves import NodeSamples, power_series, read_samples, total_j
 from hpc.energy.lineage import Inherited, inherited
-from hpc.energy.samples import NodeSamples, power_series, read_samples, total_j
+from hpc.energy.reconcile import Reconciled
 from hpc.energy.spans import AttemptStory, Row, Span, StageStory, stage_story
 from hpc.run.directory import StageDirectory
 from hpc.run.receipt import read_receipt
@@ -51,6 +52,12 @@ class NodeEnergy:
     by_counter: dict[str, float | None]
     provenance: tuple[str, ...]
     """'measured: ...' or 'estimated: ...'."""
+    scopes: dict[str, str]
+    """Counter -> what it covers: node, package, gpu, ..."""
+    unsure_j: float
+    """At most so many joules more were drawn, where a counter was silent; 0 where none was."""
+    notes: tuple[str, ...]
+    """What the sampler had to say: what it cannot measure, who else uses the node, a counter that restarted."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +95,6 @@ class StageLedger:
     missing: tuple[str, ...]
     """What the total lacks, in words; empty: it is complete."""
     provenance: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Reconciled:
-    """Another source's figure beside ours."""
-
-    name: str
-    theirs_j: float | None
-    ours_j: float | None
-    note: str
-    """What the other source covers, and why it may differ."""
-
-    @property
-    def difference_j(self) -> float | None:
-        """Theirs - ours."""
-        return None if self.theirs_j is None or self.ours_j is None else self.theirs_j - self.ours_j
 
 
 @dataclass(frozen=True)
@@ -167,7 +158,7 @@ def stage_ledger(stage_root: Path, finishing: int | None = None) -> StageLedger:
         lost_j=None if energy is None else lost_j,
         node_s=fsum(one.last - one.start for one in samples),
         tokens=0 if is_aside else _tokens(stage_root, story),
-        nodes=tuple(_node_energy(one) for one in samples),
+        nodes=tuple(_node_energy(one) for one in sorted(samples, key=lambda one: (one.attempt, one.host))),
         lost=tuple(lost),
         missing=tuple(words for attempt in story.attempts for words in _missing(attempt, samples)),
         provenance=tuple(dict.fromkeys(source for one in samples for source in one.provenance)),
@@ -212,8 +203,9 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 def _node_energy(one: NodeSamples) -> NodeEnergy:
     return NodeEnergy(
-        one.attempt, one.host, one.start, one.last, one.energy_j, one.has_end, one.by_counter, one.provenance
-    )
+        one.attempt, one.host, one.start, one.last, one.energy_j, one.has_end, one.by_counter, one.provenance,
+        one.scopes, one.unsure_j, one.notes,
+    )  # fmt: skip
 
 
 def span_joules(one: NodeSamples, span: Span, spans: Sequence[Span]) -> float:

@@ -12,7 +12,7 @@ by that number would let a figure shrink whenever somebody else starts a run; it
 from dataclasses import dataclass
 from pathlib import Path
 
-from hpc.energy.samples import read_samples, total_j
+from hpc.energy.curves import read_samples, total_j
 from hpc.errors import ArtifactError
 from hpc.run.directory import StageDirectory
 from hpc.run.origin import Ancestor, note_user, read_origins, write_origins

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.energy.samples import read_samples, total_j
+from hpc.energy.curves import read_samples, total_j
 
 TAIL_BYTES = 8192
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hpc.energy.samples import NodeSamples
+from hpc.energy.curves import NodeSamples
 from hpc.run.attempts import newest_step
 from hpc.run.directory import StageDirectory, read_jsonl
 from hpc.run.timeline import Change, read_timeline

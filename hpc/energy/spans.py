@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 from itertools import groupby, zip_longest
 from pathlib import Path
 
+from hpc.energy.curves import NodeSamples
 from hpc.energy.records import AttemptRecords, StageRecords, read_records
-from hpc.energy.samples import NodeSamples
 from hpc.run.timeline import Change
 
 PARTS = ("queue", "start", "compile", "productive", "checkpoint", "replay", "lost", "idle")

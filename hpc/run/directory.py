@@ -14,6 +14,7 @@ RUN/stages/STAGE/          one stage
     timeline.jsonl         one line when the phase of an attempt changes
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
+    origin.json            what it started from in other runs; users.jsonl: the runs that started from it
     hung-attempt-N         the rank that hung, and beside it stacks-attempt-N-rank-R.txt of every rank
     checkpoints/step-N/    published checkpoints, never changed once they are there
     shards/                what a stage that reads text has done so far

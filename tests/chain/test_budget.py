@@ -1,6 +1,7 @@
 """A training stage that reaches its energy budget stops with a checkpoint, and goes on when the budget is raised."""
 
 import json
+import shutil
 from pathlib import Path
 
 import yaml
@@ -13,9 +14,10 @@ from tests.conftest import ROOT, Launch
 
 
 def test_training_stops_at_its_budget_with_a_checkpoint_and_goes_on_when_it_is_raised(
-    small: Path, launch: Launch
+    small: Path, uninterrupted: Path, launch: Launch
 ) -> None:
     run, pretrain = small.parent / "small", small.parent / "small/stages/pretrain"
+    shutil.copytree(uninterrupted / "stages/text", run / "stages/text")
     site = yaml.safe_load((ROOT / "configs/sites/local.yaml").read_text())
     site["machine"] |= {"peak_flops_per_rank": 1e18, "stage_overhead_s": 0.0}  # the plan takes it for nearly free
     (small.parent / "fast.yaml").write_text(yaml.safe_dump(site))
@@ -32,10 +34,6 @@ def test_training_stops_at_its_budget_with_a_checkpoint_and_goes_on_when_it_is_r
     assert (pretrain / "checkpoints/step-00000001/MANIFEST.json").exists()
     ends = [row for row in read_jsonl(pretrain / "attempts.jsonl") if row["event"] == "end"]
     assert {(row["outcome"], row["exit_code"]) for row in ends} == {("stopped", 12)}
-
-    again = launch(*shared, "--set", "stages.pretrain.energy_budget_kwh=1e-6")
-    assert again.returncode == 12
-    assert "the stage was not begun: raise it to go on" in again.stderr
 
     raised = launch(*shared, "--set", "stages.pretrain.energy_budget_kwh=1", "--set", "energy_budget_kwh=1")
     assert raised.returncode == 0, raised.stderr
@@ -57,4 +55,4 @@ def test_training_stops_at_its_budget_with_a_checkpoint_and_goes_on_when_it_is_r
     assert told["is_complete"]
     assert told["energy_j"] == told["useful_j"] + told["lost_j"]
     assert [stage["name"] for stage in told["stages"]] == ["text", "pretrain"]
-    assert "complete: every node of every attempt reported to its end" in launch("ledger", run).stdout
+    assert "complete: every node of every attempt reported, to within 5 s of its end" in launch("ledger", run).stdout

@@ -52,7 +52,7 @@ class Life:
     def row(self, name: str, **values: Any) -> None:
         """Append a row; its time is now unless it is given."""
         with (self.root / name).open("a") as file:
-            file.write(json.dumps({"time": self.now, **values}) + "\n")
+            file.write(json.dumps({**values, "time": values.get("time", self.now)}) + "\n")
 
     def event(self, event: str, **values: Any) -> None:
         """Append a row to attempts.jsonl."""

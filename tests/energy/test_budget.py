@@ -9,6 +9,7 @@ from hpc.config import RunConfig
 from hpc.energy.budget import Budget
 from hpc.errors import BudgetSpent, ConfigError
 from hpc.plan.budget import check_budgets
+from hpc.plan.plan import plan
 from hpc.run.directory import StageDirectory
 from hpc.run.task import TaskFile, asked, asked_to_learn
 from slurm.restart import judge
@@ -39,6 +40,8 @@ def test_a_plan_above_a_budget_is_refused_with_both_figures_and_a_way_out() -> N
         "stage 'b' would draw about 2 kWh (estimated), but stages.b.energy_budget_kwh = 1.5: plan fewer steps or a "
         "smaller model, or raise it: --set stages.b.energy_budget_kwh=2.5"
     )
+    with pytest.raises(ConfigError, match=r"stage 'b' would draw about .* --set stages\.b\.energy_budget_kwh="):
+        plan(config(None, 1e-9), load_site("local").machine)
     with pytest.raises(ConfigError, match=r"the run would draw about 3 kWh .* energy_budget_kwh = 2\.9: .*=3\.8"):
         check_budgets(config(2.9, None), estimate)
 

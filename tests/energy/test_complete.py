@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.energy.curves import read_samples
 from hpc.energy.goodput import run_goodput, stage_goodput
 from hpc.energy.ledger import run_ledger, stage_ledger
 from hpc.run.directory import RunDirectory
@@ -111,3 +112,23 @@ def test_a_stage_made_again_while_its_job_ran_shares_its_record_and_nothing_coun
     assert (old.energy_j, old.lost_j, old.useful_j, old.tokens) == (before, before, 0.0, 0)
     assert (now.energy_j, now.lost_j) == (life.joules() - before, 0.0)
     assert ledger.energy_j == pytest.approx(life.joules())
+
+
+def test_what_a_sampler_had_to_say_stands_beside_its_node_and_a_note_is_no_sample(tmp_path: Path) -> None:
+    rows = [
+        {"event": "start", "attempt": 1, "time": 100.0, "notes": ["RAPL psys is left out"],
+         "counters": [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]},
+        {"event": "sample", "attempt": 1, "time": 101.0, "energy_j": {"gpu0": 40.0}, "total_energy_j": 40.0},
+        {"event": "sample", "attempt": 1, "time": 102.0, "energy_j": {"gpu0": None}, "total_energy_j": None},
+        {"event": "note", "attempt": 1, "time": 102.5, "text": "gpu0 restarted"},
+        {"event": "end", "attempt": 1, "time": 103.0, "energy_j": {"gpu0": 90.0}, "total_energy_j": 90.0,
+         "unsure_j": 7.0},
+    ]  # fmt: skip
+    lines = [json.dumps(row) for row in rows]
+    lines.insert(3, lines[2][:40])  # a writer that was killed, and the line that the next one ended for it
+    (tmp_path / "energy-n1.jsonl").write_text("\n".join(lines) + "\n")
+    node = stage_ledger(tmp_path).nodes[0]
+    assert (node.energy_j, node.complete, node.unsure_j, node.scopes) == (90.0, True, 7.0, {"gpu0": "gpu"})
+    assert node.notes == ("RAPL psys is left out", "gpu0 restarted")
+    series = read_samples(tmp_path)[0]
+    assert [series.at(time) for time in (99, 100, 100.5, 101, 102, 102.5, 103, 200)] == [0, 0, 20, 40, 40, 65, 90, 90]

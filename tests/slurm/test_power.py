@@ -157,3 +157,36 @@ def test_a_real_training_stage_on_four_nodes_with_a_requeue_a_lost_node_and_sacc
         theirs = look(chain.run).reconciled[0]
         print(theirs)
         assert theirs.theirs_j == pytest.approx(theirs.ours_j, rel=0.3), "Slurm counts other seconds, not other watts"
+        assert "2 attempts without a figure" in theirs.note
+
+
+@pytest.mark.slow
+def test_a_stage_on_slurm_stops_at_its_budget_is_not_requeued_and_retry_goes_on_when_it_is_raised(
+    quick_cluster: Cluster, tmp_path: Path, launch: Launch
+) -> None:
+    cheap = ("--site-set", "machine.peak_flops_per_rank=1e18", "--site-set", "machine.stage_overhead_s=0")
+    budget = "stages.pretrain.energy_budget_kwh"
+    chain = submit(tmp_path, SMALL.format(steps=60, resources="{}"), *cheap, "--set", f"{budget}=1e-4")
+    chain.wait(lambda: any(row["event"] == "verdict" for row in chain.attempts("pretrain")), "verdict", 300)
+    chain.wait_until_idle()
+    verdict = next(row for row in chain.attempts("pretrain") if row["event"] == "verdict")
+    assert verdict["action"] == "fail"
+    assert "energy_budget_kwh of the stage is 0.0001; stopped at step 1 of 60" in verdict["reason"]
+    assert chain.starts() == 1
+    shown = launch("status", chain.run.root)
+    assert shown.returncode == 0, "nothing failed"
+    assert "budget spent" in shown.stdout
+    assert "retry" in shown.stdout
+
+    refused = launch("retry", chain.run.root, "pretrain")
+    assert refused.returncode == 0
+    chain.wait(lambda: chain.attempts("pretrain")[-1]["event"] == "verdict" and chain.starts() == 2, "verdict", 120)
+    assert "the stage was not begun" in chain.attempts("pretrain")[-1]["reason"]
+    chain.wait_until_idle()
+
+    assert launch("retry", chain.run.root, "pretrain", "--set", f"{budget}=1").returncode == 0
+    chain.wait_for_receipt(timeout_s=300)
+    steps = [row["step"] for row in read_jsonl(chain.run.stage("pretrain").metrics)]
+    assert steps == list(range(61)), "it went on from its checkpoint"
+    chain.wait_until_idle()
+    assert launch("status", chain.run.root).returncode == 0
