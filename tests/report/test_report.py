@@ -3,17 +3,21 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
+from hpc.energy.ledger import Reconciled, run_ledger
 from hpc.report import account, words
 from hpc.report.energy_figures import power
 from hpc.report.facts import RunFacts
 from hpc.report.gather import gather
 from hpc.report.page import write_report
 from hpc.report.series import POINTS, Clock, Thinner, read_power
+from hpc.run.directory import StageDirectory
+from hpc.run.origin import Ancestor, write_origins
 from launch import main
 from tests.report.browser import NEEDS_CHROMIUM, Browser
 from tests.report.synthetic import SyntheticRun, pretraining, whole_run
@@ -147,6 +151,24 @@ def test_a_damaged_receipt_costs_its_stage_and_not_the_page(run_root: Path, tmp_
     (copy / "stages/merge/receipt.json").write_text("{")
     stage = gather(copy).stage("merge")
     assert (stage.state, stage.metrics) == ("damaged", {})
+
+
+def test_what_a_run_started_from_is_stated_once_beside_its_own_energy(run_root: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "synthetic"
+    shutil.copytree(run_root, copy)
+    base = Ancestor("/elsewhere/base-run", "pretrain", "d1", 7.2e6, users=2, share=0.5)
+    for stage in ("lora", "merge"):
+        write_origins(StageDirectory(copy / "stages" / stage), [base])
+    write_report(gather(copy), copy / "report.html")
+    assert cells(copy / "report.html", "base-run")[:4] == ["base-run", "pretrain", "2 kWh", "50 %"]
+    assert visible(copy / "report.html").count("<td>base-run") == 1
+    assert gather(copy).energy_j == gather(run_root).energy_j
+
+
+def test_another_sources_joules_stand_beside_ours_with_the_difference(run_root: Path, tmp_path: Path) -> None:
+    ledger = replace(run_ledger(run_root), reconciled=(Reconciled("sacct", 3.6e6, 3.24e6, "whole nodes"),))
+    write_report(gather(run_root, ledger), tmp_path / "page.html")
+    assert cells(tmp_path / "page.html", "sacct") == ["sacct", "1 kWh", "900 Wh", "+100 Wh", "whole nodes"]
 
 
 def test_power_is_thinned_while_it_is_read_and_keeps_its_mean(tmp_path: Path) -> None:
