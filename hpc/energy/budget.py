@@ -50,7 +50,7 @@ class Budget:
         return self._found
 
     def _look(self) -> str | None:
-        own_j = self._meter.read().energy_j or self._meter.earlier_j
+        own_j = sum(self._meter.read().energy_j_by_host.values())
         stage, run = self._task.stage, self._task.energy_budget_kwh
         if stage.energy_budget_kwh is not None and self._counts_earlier:
             used = own_j / JOULES_PER_KWH
@@ -82,4 +82,4 @@ class Budget:
         known = self._others.get(root)
         if known is None or known[0] != attempt:
             self._others[root] = known = (attempt, EnergyMeter(root, attempt))
-        return known[1].read().energy_j or known[1].earlier_j
+        return sum(known[1].read().energy_j_by_host.values())
