@@ -17,6 +17,21 @@ def sources(run: RunFacts) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (row["kind"] != "estimated", row["source"]))
 
 
+def notes(run: RunFacts) -> list[tuple[str, list[str]]]:
+    """What the samplers had to say, and on which nodes: parts that nothing measures, other users, restarts."""
+    found: dict[str, dict[str, None]] = {}
+    for stage in run.ledger.stages if run.ledger else ():
+        for node in stage.nodes:
+            for note in node.notes:
+                found.setdefault(note, {})[node.host] = None
+    return [(note, list(hosts)) for note, hosts in found.items()]
+
+
+def unsure_j(run: RunFacts) -> float:
+    """At most so many joules more were drawn than the ledger has, where counters were silent."""
+    return sum(node.unsure_j for stage in (run.ledger.stages if run.ledger else ()) for node in stage.nodes)
+
+
 def footprints(run: RunFacts) -> list[dict[str, Any]]:
     """The footprint of each site that stages ran on: {stages, kwh, node_hours, lines, location}.
 

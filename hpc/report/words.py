@@ -1,17 +1,19 @@
 """Words and numbers of the page: what a reader should see first, and the rows of its tables."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from markupsafe import Markup
 
 from hpc.plan.show import duration, energy
-from hpc.report.account import emissions_kg
+from hpc.report.account import emissions_kg, notes
 from hpc.report.facts import RunFacts, StageFacts, provenance_kind
 
 DASH = "–"
+NOTES = 20
+"""Notes of the samplers that are shown."""
 NODE_ROWS = 256
 """Rows of the table of nodes, for one stage."""
 
@@ -40,6 +42,11 @@ def megabytes(value: int | None) -> str:
     if value is None:
         return DASH
     return f"{value / 1e6:,.1f} MB" if value >= 1e5 else f"{value / 1e3:,.1f} kB"
+
+
+def some(names: Sequence[str], most: int = 8) -> list[str]:
+    """The first of many names, and how many more there are."""
+    return [*names[:most], *([f"{len(names) - most} more"] if len(names) > most else [])]
 
 
 def percent(change: float) -> str:
@@ -86,6 +93,9 @@ def warnings(run: RunFacts) -> list[tuple[str, list[str]]]:
                 list(run.ledger.missing),
             )
         )
+    shared = [f"{', '.join(some(hosts))}: {note}" for note, hosts in notes(run) if note.startswith("upper bound")]
+    if shared:
+        found.append(("Nodes were not held alone: their joules are upper bounds.", shared))
     broken = [stage for stage in run.chain if stage.state in ("failed", "damaged", "silent")]
     if broken:
         found.append(("These stages have no result:", [f"{s.name}: {s.text or s.state}" for s in broken]))

@@ -106,11 +106,19 @@ class SyntheticRun:
         self.append(stage, "timeline.jsonl", {"attempt": attempt, "time": self.now, "phase": "start", "step": None})
 
     def sample(self, stage: str, attempt: int, node: str, watts: float, seconds: float, *, ends: bool = True,
-               source: str = COUNTER, every: float = 1.0) -> None:  # fmt: skip
+               source: str = COUNTER, every: float = 1.0, notes: tuple[str, ...] = (),
+               unsure: float = 0.0) -> None:  # fmt: skip
         """What the sampler of a node writes over the coming seconds."""
         counter = {"name": "node", "scope": "node", "provenance": source}
         rows: list[dict[str, Any]] = [
-            {"event": "start", "attempt": attempt, "host": node, "time": self.now, "counters": [counter], "notes": []}
+            {
+                "event": "start",
+                "attempt": attempt,
+                "host": node,
+                "time": self.now,
+                "counters": [counter],
+                "notes": list(notes),
+            }
         ]
         energy, steps = 0.0, int(seconds / every)
         for second in range(steps + 1):
@@ -119,7 +127,7 @@ class SyntheticRun:
             rows.append(
                 {"event": "end" if ends and second == steps else "sample", "attempt": attempt,
                  "time": self.now + second * every, "energy_j": {"node": energy}, "power_w": {"node": power},
-                 "total_energy_j": energy, "total_power_w": power}
+                 "total_energy_j": energy, "total_power_w": power, **({"unsure_j": unsure} if unsure else {})}
             )  # fmt: skip
         self.append(stage, f"energy-{node}.jsonl", *rows)
 

@@ -153,6 +153,21 @@ def test_a_damaged_receipt_costs_its_stage_and_not_the_page(run_root: Path, tmp_
     assert (stage.state, stage.metrics) == ("damaged", {})
 
 
+def test_a_shared_node_is_a_visible_upper_bound_and_silent_counters_are_told(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path / "shared")
+    run.begin("text", 1, ["n1"], 2)
+    bound = "upper bound: the job has 8 of 64 CPUs, the whole node is counted"
+    run.sample("text", 1, "n1", 400, 30, notes=(bound, "rapl: permission denied"), unsure=7200.0)
+    run.end("text", 1, 30)
+    run.receipt("text", {"unigram_loss": 6.2}, 1, 30)
+    page = tmp_path / "shared.html"
+    write_report(gather(run.root), page)
+    alerts = " ".join(re.findall(r'<div class="warning".*?</div>', visible(page), re.DOTALL))
+    assert f"n1: {bound}" in alerts
+    assert "up to 2 Wh more may have been drawn" in visible(page)
+    assert "<li>rapl: permission denied" in visible(page)
+
+
 def test_what_a_run_started_from_is_stated_once_beside_its_own_energy(run_root: Path, tmp_path: Path) -> None:
     copy = tmp_path / "synthetic"
     shutil.copytree(run_root, copy)
