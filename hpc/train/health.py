@@ -55,7 +55,7 @@ class Word:
     """What each rank computed for, without its waiting."""
     stop: bool
     """Whether some rank was asked to stop."""
-    is_spent: bool
+    is_spent: bool = False
     """Whether rank 0 found the energy budget spent."""
 
     @property
