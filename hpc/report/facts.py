@@ -28,8 +28,6 @@ class AttemptSpan:
     """What its first failing rank said; empty where it is done."""
     nodes: int
     ranks: int
-    host: str
-    """Node of rank 0."""
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,7 @@ def finish(
 Row = Mapping[str, Any]
 
 
-def loss_curves(
-    curves: Mapping[str, Sequence[Row]], against: str, reference: float | None = None, *, training: bool = True
-) -> Figure | None:
+def loss_curves(curves: Mapping[str, Sequence[Row]], against: str, reference: float | None = None) -> Figure | None:
     """Training loss (thin) and held-out loss (points) of each curve, against `tokens` or `energy`; None without any.
 
     reference: the loss of a unigram model, drawn as a line.
@@ -63,8 +61,6 @@ def loss_curves(
     for number, (name, rows) in enumerate(curves.items()):
         colour = series_colour(number)
         for key, label in (("loss", "training"), ("heldout_loss", "held out")):
-            if key == "loss" and not training:
-                continue
             known = [row for row in rows if row.get(key) is not None and place(row) is not None]
             if not known:
                 continue

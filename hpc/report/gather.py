@@ -143,7 +143,7 @@ def read_attempts(directory: StageDirectory, ledger: StageLedger | None, now: fl
         found.append(
             AttemptSpan(
                 number, float(start["time"]), end, outcome, reason,
-                max(1, len(start.get("nodes") or ())), int(start["ranks"]), str(start["host"]),
+                max(1, len(start.get("nodes") or ())), int(start["ranks"]),
             )
         )  # fmt: skip
     return tuple(found)

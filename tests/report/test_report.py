@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,19 @@ def test_a_run_that_only_began_has_a_page_with_dashes_and_no_zeros(tmp_path: Pat
     assert "text gives no sign of life" in visible(page)
     assert "0 Wh" not in visible(page)
     assert "The run is not finished" in visible(page)
+
+
+def test_a_stage_that_wrote_something_just_now_is_running(tmp_path: Path) -> None:
+    run = SyntheticRun(tmp_path / "live")
+    run.now = time.time() - 60
+    run.begin("text", 1, ["n1"], 2)
+    run.sample("text", 1, "n1", 400, 58, ends=False)
+    progress = {"attempt": 1, "time": time.time(), "text": "tokenizing", "done": 30, "total": 120}
+    (run.root / "stages/text/progress.json").write_text(json.dumps(progress))
+    told = gather(run.root)
+    assert (told.stage("text").state, told.stage("text").text) == ("running", "tokenizing 25 %")
+    assert told.stage("text").attempts[0].outcome == "running"
+    assert words.progress_line(told) == "0 of 6 stages are done; text is running"
 
 
 def test_failed_and_missing_stages_are_told_and_the_rest_is_there(tmp_path: Path) -> None:
