@@ -11,6 +11,7 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -196,6 +197,25 @@ def logs(run: Path, stage: str, rank: int | None, follow: bool) -> None:
 
 @main.command()
 @RUN
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: joules and seconds.")
+def ledger(run: Path, as_json: bool) -> None:
+    """Show every joule of a run: per stage, attempt and node, useful apart from lost, and what is missing.
+
+    Beside it goodput, the footprint where the site states one, what was inherited from other runs, and sacct's figure.
+    """
+    from slurm import ledger as ledgers
+    from slurm.steer import open_run
+
+    directory = open_run(run)
+    found = ledgers.look(directory)
+    if as_json:
+        click.echo(json.dumps(ledgers.to_json(directory, found)))
+    else:
+        ledgers.show(directory, found)
+
+
+@main.command()
+@RUN
 @click.argument("stages", nargs=-1)
 def cancel(run: Path, stages: tuple[str, ...]) -> None:
     """Cancel the waiting and running jobs of a chain, or of some stages. Checkpoints stay; `resume` goes on."""
@@ -208,22 +228,24 @@ def cancel(run: Path, stages: tuple[str, ...]) -> None:
 @main.command()
 @RUN
 @click.argument("stage")
+@SET
 @YES
-def retry(run: Path, stage: str, yes: bool) -> None:
+def retry(run: Path, stage: str, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit a failed stage again, and what depends on it, with a fresh count of crashes."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm, overrides))
 
 
 @main.command()
 @RUN
+@SET
 @YES
-def resume(run: Path, yes: bool) -> None:
+def resume(run: Path, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit everything that is neither done nor on its way."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm, overrides))
 
 
 @main.command()
@@ -232,15 +254,16 @@ def resume(run: Path, yes: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
 def export(run: Path, stage: str, out: Path, step: int | None) -> None:
-    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+    """Write a model of a run as a plain folder with its card (README.md): a checkpoint, or a finished stage's model.
 
-    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    A pretraining stage is exported while it trains, from checkpoints of any number of ranks, without a GPU; every
+    expert is compared with what was written. Of other stages (merge, quantize, lora) the verified artifact is copied.
     """
     from hpc.stages.export import export_stage
     from slurm.steer import open_run
 
     taken = export_stage(open_run(run), stage, out, step)
-    click.echo(f"{out}: {stage} after {taken} steps")
+    click.echo(f"{out}: {taken}")
 
 
 @main.command()
@@ -308,6 +331,8 @@ def _load(
     return loaded, place, make_plan(loaded, place.machine)
 
 
+main.add_command(report)
+main.add_command(card)
 main.add_command(devcluster)
 main.add_command(bench)
 

@@ -82,6 +82,12 @@ class Stopped(GreenMoEError):
     exit_code = 130
 
 
+class BudgetSpent(Stopped):
+    """The energy budget is spent; a checkpoint is safe: raise energy_budget_kwh to go on."""
+
+    exit_code = 12
+
+
 KINDS: tuple[type[GreenMoEError], ...] = (
     ConfigError,
     DataError,
@@ -93,6 +99,7 @@ KINDS: tuple[type[GreenMoEError], ...] = (
     GateMissed,
     Fenced,
     Hung,
+    BudgetSpent,
     Stopped,
 )
 

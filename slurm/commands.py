@@ -37,6 +37,13 @@ class QueuedJob:
         return self.state in ALIVE and self.reason != "DependencyNeverSatisfied"
 
 
+def consumed_energy_j(raw: str) -> float | None:
+    """Joules of a ConsumedEnergyRaw. None for nothing, for 0 (no meter is configured) and for what an unsigned counter
+    makes of a difference below zero when its meter restarted."""
+    joules = int(raw) if raw.strip().isdigit() else 0
+    return float(joules) if 0 < joules < 2**62 else None
+
+
 def call(*words: str, check: bool = True, timeout_s: float = TIMEOUT_S) -> "subprocess.CompletedProcess[str]":
     """Run a Slurm command. Raises SiteError when it is missing, hangs or (with `check`) refuses."""
     try:
@@ -90,6 +97,24 @@ def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
     for job, state, reason, start, end, nodes, comment, exit_code in rows:
         jobs.append(QueuedJob(job, state.split()[0], reason, start, end, nodes, comment, exit_code))
     return jobs
+
+
+def consumed_energy(ids: Sequence[str]) -> dict[str, list[float | None]]:
+    """Raw job id -> joules of each of its attempts, in their order, as the accounting database has them.
+
+    Allocations only: the rows of steps hold the same energy again. None for an attempt without a figure: Slurm writes
+    one only where the job ended by itself, not where it was requeued or lost a node (seen with 22.05).
+    Raises SiteError when sacct is missing or hangs.
+    """
+    result = call(
+        "sacct", "--noheader", "--allocations", "--duplicates", "--parsable2", "--jobs", ",".join(ids),
+        "--format=JobIDRaw,ConsumedEnergyRaw", check=False,
+    )  # fmt: skip
+    found: dict[str, list[float | None]] = {}
+    for line in result.stdout.splitlines() if result.returncode == 0 else []:
+        job, _, raw = line.partition("|")
+        found.setdefault(job, []).append(consumed_energy_j(raw))
+    return found
 
 
 def settings() -> dict[str, str]:

@@ -14,10 +14,13 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import psutil
+
 from hpc.config import RunConfig
-from hpc.energy.ledger import power_series, stage_energy
+from hpc.energy.budget import Budget
+from hpc.energy.ledger import power_series, stage_ledger
 from hpc.energy.sampler import start_sampler, stop_sampler
-from hpc.errors import Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
+from hpc.errors import BudgetSpent, Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
 from hpc.plan.fit import advice
 from hpc.run.attempts import (
     Attempt,
@@ -72,6 +75,8 @@ class StageTask:
                     record_end(directory, attempt.number, world.rank, "done", node=world.node)
                     return "done"
                 check_gates(context)
+                if attempt.over_budget:
+                    raise BudgetSpent(f"{attempt.over_budget}; the stage was not begun: raise it to go on")
                 if world.is_first and job.job:
                     stop.deadline = commands.end_time(job.job)
                 if world.local_rank == 0:
@@ -101,7 +106,10 @@ class StageTask:
         address, interface = own_address(task.network_interface, is_alone=task.nodes == 1)
         if world.is_first:
             note_lost_nodes(directory)
-            attempt = record_start(directory, job, world.size, address, free_port(address))
+            attempt = record_start(
+                directory, job, world.size, address, free_port(address),
+                born=psutil.Process().create_time(), over_budget=spent_before(directory, task),
+            )  # fmt: skip
             shun_failing_nodes(directory, job)
         else:
             attempt = wait_for_start(directory, job)
@@ -119,8 +127,11 @@ class StageTask:
             context.progress("checking inputs")
             context.verify_inputs()
         mirror = start_mirror(context) if context.world.is_first else Mirror()
+        context = replace(context, mirror=mirror, budget=limit_of(context))
+        if not hasattr(context.task.stage, "train"):  # the training loop tells its phases itself
+            context.phase("productive")
         try:
-            result = stage_function(context.task.stage.kind)(replace(context, mirror=mirror))
+            result = stage_function(context.task.stage.kind)(context)
             self._finish(context, result, sampler, mirror, began)
             result.afterwards()
         except BaseException:
@@ -142,6 +153,7 @@ class StageTask:
                 stop_sampler(sampler)  # its last sample belongs to the receipt
             receipt = make_receipt(context, result, files, time.monotonic() - began)
             write_receipt(context.directory, receipt)
+            context.phase("idle")
             shutil.rmtree(context.directory.shards, ignore_errors=True)
             context.progress("done")
             if not context.directory.metrics.exists():
@@ -167,7 +179,7 @@ def with_inputs(directory: StageDirectory, task: TaskFile, world: World) -> Task
     fresh = task.model_copy(update={"inputs": inputs})
     if world.is_first:
         if any(task.inputs.values()):
-            run.supersede(task.stage.name, keep=(directory.attempts, directory.task))
+            run.supersede(task.stage.name, attempt=count_attempts(directory))
         fresh.write(directory.task)
     return fresh
 
@@ -181,6 +193,18 @@ def is_done(context: Context) -> bool:
     if context.world.is_first:
         verify(context.directory, receipt)
     return True
+
+
+def spent_before(directory: StageDirectory, task: TaskFile) -> str | None:
+    """Why an attempt must not even begin; None when it may."""
+    same_inputs = input_digests(RunDirectory(Path(task.run_directory)), task.stage) == task.inputs
+    return Budget(task, directory, count_attempts(directory) + 1, counts_earlier=same_inputs).spent()
+
+
+def limit_of(context: Context) -> Budget | None:
+    """The energy that this attempt may draw, where there is a limit and this rank watches it."""
+    budget = Budget(context.task, context.directory, context.attempt) if context.world.is_first else None
+    return budget if budget is not None and budget.is_limited else None
 
 
 def check_gates(context: Context) -> None:
@@ -236,7 +260,7 @@ def log_power(context: Context, mirror: Mirror) -> None:
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
     """Put together what the stage did, what it left behind and what it drew."""
-    energy, tokens = stage_energy(context.directory.root), result.metrics.get("tokens")
+    ledger, tokens = stage_ledger(context.directory.root, context.attempt), result.metrics.get("tokens")
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,
@@ -246,10 +270,12 @@ def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], 
         metrics=result.metrics,
         provenance=result.provenance,
         energy={
-            "energy_j": energy.energy_j,
-            "provenance": energy.provenance,
-            "sampled_s": energy.duration_s,
-            "j_per_token": energy.energy_j / tokens if tokens and energy.energy_j is not None else None,
+            "energy_j": ledger.energy_j,
+            "lost_j": ledger.lost_j,
+            "missing": list(ledger.missing),
+            "provenance": list(ledger.provenance),
+            "sampled_s": ledger.node_s,
+            "j_per_token": ledger.energy_j / tokens if tokens and ledger.energy_j is not None else None,
         },
         code={**code_version(), **{name: library_version(name) for name in result.libraries}},
         seconds=seconds,

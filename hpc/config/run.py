@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
@@ -43,6 +43,10 @@ class RunConfig(Frozen):
     retries: NonNegativeInt = 3
     """On Slurm: how often a crashed stage starts again by itself, as long as it makes progress in between. Preemption,
     time limits and lost nodes do not count; running out of memory, bad settings and missed gates are never retried."""
+
+    energy_budget_kwh: PositiveFloat | None = None
+    """IT energy that all stages together may draw, kWh, failed attempts and superseded stages included. The plan
+    refuses to start above it; when it is spent, training saves a checkpoint and stops. Raise it to go on."""
 
     stages: list[Stage] = Field(min_length=1)
     """The chain. Stages run as soon as what they need is there; order in the file does not matter."""

@@ -28,6 +28,7 @@ from hpc.config import (
 )
 from hpc.config.stages import Tokenizer
 from hpc.errors import ConfigError
+from hpc.plan.budget import check_budgets
 from hpc.plan.flops import adapter_flops_per_token, forward_flops_per_token, training_flops_per_token
 from hpc.plan.memory import training_bytes_per_rank
 from hpc.plan.params import Parameters, count, count_adapter
@@ -116,6 +117,7 @@ def plan(config: RunConfig, machine: Machine) -> Plan:
         total_time=Quantity(sum(s.time.value or 0 for s in known), "s", f"estimated: sum{partly}"),
         total_energy=Quantity(sum(s.energy.value or 0 for s in known), "J", f"estimated: sum{partly}"),
         assumptions=(
+            *check_budgets(config, {stage.name: stage.energy.value for stage in stages}),
             f"time: estimated, FLOPs / ({machine.peak_flops_per_rank:.3g} FLOP/s per rank x {machine.expected_mfu} "
             f"expected MFU) + {machine.stage_overhead_s:.0f} s to start a stage ({machine.source})",
             f"energy: estimated, time x power of the busy cores and memory of all ranks ({machine.power.source})",

@@ -11,8 +11,10 @@ RUN/stages/STAGE/          one stage
     task.json              what the worker was told to do
     attempts.jsonl         one line when an attempt starts, one when it ends
     metrics.jsonl          one line per logged step: the truth that W&B mirrors
+    timeline.jsonl         one line when the phase of an attempt changes
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
+    origin.json            what it started from in other runs; users.jsonl: the runs that started from it
     hung-attempt-N         the rank that hung, and beside it stacks-attempt-N-rank-R.txt of every rank
     checkpoints/step-N/    published checkpoints, never changed once they are there
     shards/                what a stage that reads text has done so far
@@ -25,6 +27,7 @@ RUN/superseded/STAGE-N/    stages that a changed configuration made again
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +143,11 @@ class StageDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """Append-only record of what the running attempt was doing since when."""
+        return self.root / "timeline.jsonl"
+
+    @property
     def progress(self) -> Path:
         """Where the running attempt is, replaced about once a second."""
         return self.root / "progress.json"
@@ -216,10 +224,11 @@ class RunDirectory:
         """The paths of one stage."""
         return StageDirectory(self.root / "stages" / name)
 
-    def supersede(self, name: str, keep: tuple[Path, ...] = ()) -> Path:
+    def supersede(self, name: str, attempt: int | None = None) -> Path:
         """Move a stage aside, with all it spent, so that it can be made again. Returns where it went.
 
-        Files in `keep` are copied: they stay where they are too.
+        From within an attempt, give its number: the record of attempts and the task stay where they are too, and a line
+        in the record says that the attempts before this one went along.
         """
         number = 1
         while (target := self.root / "superseded" / f"{name}-{number}").exists():
@@ -227,12 +236,15 @@ class RunDirectory:
         root = self.stage(name).root
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
-            if not keep:
+            if attempt is None:
                 root.rename(target)
                 return target
+            stage = StageDirectory(root)
+            row = {"event": "superseded", "attempt": attempt, "time": time.time(), "folder": target.name}
+            append_jsonl(stage.attempts, row)
             target.mkdir()
             for path in list(root.iterdir()):
-                if path in keep:
+                if path in (stage.attempts, stage.task):
                     shutil.copyfile(path, target / path.name)
                 else:
                     path.rename(target / path.name)

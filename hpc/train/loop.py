@@ -22,7 +22,7 @@ from torch import nn
 from hpc.config import TrainingBase
 from hpc.data.loader import Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
-from hpc.errors import StageError, Stopped
+from hpc.errors import BudgetSpent, StageError, Stopped
 from hpc.evaluate.loss import held_out_loss
 from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport, router_biases, update_biases
 from hpc.run.directory import write_json
@@ -108,6 +108,7 @@ class _Loop:
         world, settings = context.world, job.settings
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         context.progress("building the engine")
+        context.phase("compile")
         self.engine = Engine(job.model, settings, self.device)
         self.probe = RouterProbe(self.engine.module)
         self.loader = Loader(
@@ -148,12 +149,15 @@ class _Loop:
         self.times, self.all_times = StepTimes(self.nodes), StepTimes(self.nodes)
         self.clock = clock(self.device)
         self.peak_memory_bytes: int | None = None
+        self.spent: str | None = None
+        """Why no more energy may be drawn, once that is so."""
 
     def run(self) -> Trained:
         step = self._resume()
         settings, health = self.settings, self.settings.health
         if health.rehearse and step < settings.steps:
             self._rehearse(step)
+        self.context.phase("productive")
         if step == 0:
             before = self._evaluate(None) if self.job.measure_before else None
             self._log(0, {"heldout_loss": self._evaluate(settings.evaluate_tokens), "heldout_loss_before": before})
@@ -187,10 +191,13 @@ class _Loop:
                 self._checkpoint(done)
                 saved = done
             if stop and done < settings.steps:
-                self._published()
-                raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
+                self._published(saved)
+                where = f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe"
+                if self.spent:
+                    raise BudgetSpent(f"{self.spent}; {where}: raise the budget to go on")
+                raise Stopped(where)
             step = done
-        self._published()
+        self._published(saved)
         self.watchdog.enter("finish")
         return self._trained()
 
@@ -217,6 +224,7 @@ class _Loop:
             return 0
         folder, step = found
         self.context.progress(f"resuming from step {step}")
+        self.context.phase("start")
         self.guard.record = self._load(folder)
         return step
 
@@ -245,6 +253,7 @@ class _Loop:
         Real tokens, those of the step to come: made-up ones would go to other experts.
         """
         self.context.progress("rehearsing one micro-batch")
+        self.context.phase("compile")
         batch = self.loader.micro_batches(self.guard.record.place(step))[0]
         self.engine.rehearse(lambda: self._pass(batch, None))
         peak = torch.tensor(float(self.engine.peak_memory_bytes), device=self.device)
@@ -262,12 +271,16 @@ class _Loop:
     def _checkpoint(self, done: int) -> None:
         if self.context.world.is_first:
             self.context.check_fence()
+        self.context.phase("checkpoint", done)
         with self.watchdog.section("checkpoint"):
             self.checkpoints.save(done, self.context.attempt, self._snapshot(done))
+        self.context.phase("productive")
 
-    def _published(self) -> None:
+    def _published(self, saved: int) -> None:
+        self.context.phase("checkpoint", saved)
         with self.watchdog.section("checkpoint"):
             self.checkpoints.wait()
+        self.context.phase("productive")
 
     def _snapshot(self, done: int) -> Copy:
         """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
@@ -341,11 +354,14 @@ class _Loop:
             or self.context.stop.runs_out(self._seconds_to_leave())
             or self.checkpoints.has_failed  # every rank hears why when the next save begins
         )
-        word = agree(loss, computed_s, stop, self.context.world)
+        spent = self.context.budget.spent() if self.context.budget else None
+        word = agree(loss, computed_s, stop, spent is not None, self.context.world)
+        if word.is_spent:
+            self.spent = spent or "the energy budget is spent, as rank 0 says"
         self.loss = word.loss if math.isfinite(word.loss) else None
         self.times.add(word.seconds)
         self.all_times.add(word.seconds)
-        return word.stop, self.guard.objection(word)
+        return word.stop or word.is_spent, self.guard.objection(word)
 
     def _seconds_to_leave(self) -> float:
         """What another step and a checkpoint may take; a first checkpoint is guessed."""

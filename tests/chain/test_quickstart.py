@@ -115,6 +115,15 @@ def test_metrics_rows_carry_loss_speed_routing_and_energy(quickstart: Path) -> N
         assert sum(layer) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_report_stage_leaves_a_page_and_a_card_of_every_model(quickstart: Path) -> None:
+    artifact = quickstart / "stages/report/artifact"
+    assert (quickstart / "report.html").read_bytes() == (artifact / "report.html").read_bytes()
+    cards = {path.parent.name for path in artifact.glob("cards/*/README.md")}
+    assert cards == {"pretrain", "lora-modern", "lora-python", "merge-modern", "merge-python", "quantize"}
+    assert "10 of 10 stages are done" in (quickstart / "report.html").read_text()
+    assert receipt(quickstart, "report")["metrics"]["cards"] == 6
+
+
 def test_a_second_launch_reuses_everything(quickstart: Path, launch: Launch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (quickstart / "stages").glob("*/receipt.json")}
     result = launch("run", *quickstart_command(quickstart.parent))
