@@ -248,7 +248,9 @@ def _counters(seen: Seen) -> Finding:
     per_node = {str(row["node"]): row["power_counters"] for row in seen.ranks if "power_counters" in row}
     notes = [note for row in seen.ranks for note in row.get("power_notes", [])]
     if per_node and all(per_node.values()):
-        return Finding("power counters", "ok", f"{', '.join(next(iter(per_node.values())))} on every node")
+        lacking = sorted({part for row in seen.ranks for part in row.get("power_unmeasured", [])})
+        without = f"; without a counter: {', '.join(lacking)}" if lacking else ""
+        return Finding("power counters", "ok", f"{', '.join(next(iter(per_node.values())))} on every node{without}")
     reason = f" ({notes[0]})" if notes else ""
     if seen.site.power_counters:
         reason += f", though the site file names {', '.join(seen.site.power_counters)}"

@@ -174,7 +174,8 @@ class ProbeTask:
         if world.local_rank:
             return {}
         found = discover(None)
-        return {"power_counters": sorted({counter.name for counter in found.counters}), "power_notes": found.notes}
+        names = sorted({counter.name for counter in found.counters})
+        return {"power_counters": names, "power_notes": found.notes, "power_unmeasured": found.unmeasured}
 
     def _slurm(self, world: World, job: str) -> dict[str, Any]:
         if not world.is_first:

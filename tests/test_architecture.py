@@ -20,6 +20,7 @@ DOORS = {
     "wandb": {"hpc/tracking/wandb.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
+    "amdsmi": {"hpc/energy/counters/amd_smi.py"},
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",

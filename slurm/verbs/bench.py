@@ -71,3 +71,16 @@ def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
     told = measure(RANK_ENVIRONMENT, ranks, quick, clock, click.echo)
     if as_json:
         click.echo(json.dumps(told))
+
+
+@bench.command("energy")
+@click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(3), help="How long to watch.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def bench_energy(seconds: float, as_json: bool) -> None:
+    """CPU time and memory of the energy sampler itself, against its limit of 0.1 % of a core."""
+    from hpc.bench.energy import measure, show
+
+    found = measure(seconds)
+    click.echo(show(found))
+    if as_json:
+        click.echo(json.dumps(found))

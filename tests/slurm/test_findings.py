@@ -81,6 +81,8 @@ def test_a_good_site_is_well_in_every_respect() -> None:
         ("sacct", "note", "forgets a job after 300 sec", {"has_accounting": False}),
         ("power counters", "note", "none can be read (energy_uj: permission denied)",
          {"ranks": [rank(n, power_counters=[], power_notes=["energy_uj: permission denied"]) for n in range(4)]}),
+        ("power counters", "ok", "gpu0 on every node; without a counter: cpu, dram",
+         {"ranks": [rank(n, power_counters=["gpu0"], power_unmeasured=["cpu", "dram"]) for n in range(4)]}),
         ("W&B", "note", "no way", {"ranks": [rank(n, wandb=False, wandb_reason="timed out") for n in range(4)]}),
     ],
 )  # fmt: skip
