@@ -116,8 +116,8 @@ def test_a_stage_made_again_while_its_job_ran_shares_its_record_and_nothing_coun
 
 def test_what_a_sampler_had_to_say_stands_beside_its_node_and_a_note_is_no_sample(tmp_path: Path) -> None:
     rows = [
-        {"event": "start", "attempt": 1, "time": 100.0, "notes": ["RAPL psys is left out"], "unmeasured": ["cpu", "fans"],
-         "counters": [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]},
+        {"event": "start", "attempt": 1, "time": 100.0, "notes": ["RAPL psys is left out"],
+         "unmeasured": ["cpu", "fans"], "counters": [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]},
         {"event": "sample", "attempt": 1, "time": 101.0, "energy_j": {"gpu0": 40.0}, "total_energy_j": 40.0},
         {"event": "sample", "attempt": 1, "time": 102.0, "energy_j": {"gpu0": None}, "total_energy_j": None},
         {"event": "note", "attempt": 1, "time": 102.5, "text": "gpu0 restarted"},
