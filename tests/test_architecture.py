@@ -52,7 +52,7 @@ MAY_IMPORT = {
     },
     "slurm": {
         "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages",
-        "hpc.tracking.mirror", "hpc.tracking.ticket",
+        "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 
 from hpc.bench.wandb_server import Server
-from hpc.run.directory import read_jsonl
+from hpc.run.directory import RunDirectory, append_jsonl, read_jsonl
 from hpc.tracking import wandb
 from hpc.tracking.sync import sync
+from slurm import ledger
 from tests.tracking.conftest import (
     Start,
     at,
@@ -22,7 +23,7 @@ from tests.tracking.conftest import (
     streamed,
     wait,
 )
-from tests.tracking.trainer import ticket, write_rows
+from tests.tracking.trainer import begin, ticket, write_rows
 
 
 def test_a_requeued_and_killed_offline_run_read_back_is_metrics_jsonl_row_for_row(
@@ -145,3 +146,22 @@ def test_the_joules_of_wandbs_own_monitor_are_the_sum_of_each_gpus_increments(
     assert wandb.gpu_energy_j(tmp_path) == 100.0 + 0.5 + 3.0  # GPU 0 was restarted under the second attempt
     counts = {name: [] for name in counts}
     assert wandb.gpu_energy_j(tmp_path) is None
+
+
+def test_the_ledger_shows_wandbs_gpu_joules_beside_ours_of_the_node_that_it_watched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "stages" / "pretrain"
+    begin(root)
+    for host, joules in (("n1", 110.0), ("n2", 999.0)):
+        counters = [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]
+        lines = [{"event": "start", "attempt": 1, "host": host, "time": 10.0, "counters": counters, "notes": []}]
+        for event, at_s, share in (("sample", 11.0, 0.5), ("end", 12.0, 1.0)):
+            lines.append({"event": event, "attempt": 1, "time": at_s, "energy_j": {"gpu0": share * joules},
+                          "power_w": {"gpu0": 50.0}, "total_energy_j": share * joules,
+                          "total_power_w": 50.0})  # fmt: skip
+        for line in lines:
+            append_jsonl(root / f"energy-{host}.jsonl", line)
+    monkeypatch.setattr(ledger, "gpu_energy_j", lambda stage_root: {root: 104.0}[stage_root])
+    (shown,) = ledger.look(RunDirectory(tmp_path)).reconciled
+    assert (shown.name, shown.theirs_j, shown.ours_j, shown.difference_j) == ("W&B GPU counters", 104.0, 110.0, -6.0)
