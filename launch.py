@@ -267,6 +267,33 @@ def export(run: Path, stage: str, out: Path, step: int | None) -> None:
 
 
 @main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1), help="Seconds for each stage.")
+def sync(runs: tuple[Path, ...], timeout: float) -> None:
+    """Send to W&B what the stages of some runs could not send themselves, from a login node.
+
+    Asks the server what it holds and sends the rest, then the edges between artifacts. Call it as often as you like:
+    nothing goes twice, and a stage that was cut short goes on. Ends with code 13 when something is left.
+    """
+    from hpc.tracking.sync import sync as send
+
+    send(list(runs), timeout, lambda stage: click.echo(str(stage)))
+
+
+@main.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="Print the specification; no server is asked.")
+def dashboard(run: Path, as_json: bool) -> None:
+    """Save a W&B workspace for a run: loss against tokens and kWh, watts per node, routing, goodput, attempts.
+
+    A second call replaces the same saved view.
+    """
+    from hpc.tracking import dashboard as made
+
+    click.echo(json.dumps(made.specification(run), indent=1) if as_json else made.save(run))
+
+
+@main.command()
 @CONFIG
 @SITE
 @SET

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from hpc.energy.counters.slurm import consumed_energy_j
 from hpc.errors import SiteError
 
 TIMEOUT_S = 30
@@ -35,13 +36,6 @@ class QueuedJob:
     def is_alive(self) -> bool:
         """Whether it may still run. A job whose dependency can never be met will not."""
         return self.state in ALIVE and self.reason != "DependencyNeverSatisfied"
-
-
-def consumed_energy_j(raw: str) -> float | None:
-    """Joules of a ConsumedEnergyRaw. None for nothing, for 0 (no meter is configured) and for what an unsigned counter
-    makes of a difference below zero when its meter restarted."""
-    joules = int(raw) if raw.strip().isdigit() else 0
-    return float(joules) if 0 < joules < 2**62 else None
 
 
 def call(*words: str, check: bool = True, timeout_s: float = TIMEOUT_S) -> "subprocess.CompletedProcess[str]":

@@ -229,7 +229,9 @@ def _groups(lines: _Lines) -> list[_Group]:
 
 def _node_samples(host: str, group: _Group, curve: Curve, *, has_end: bool) -> NodeSamples:
     last, counters = curve.last_row, group.start.get("counters", [])
-    notes = [*group.start.get("notes", []), *(row["text"] for row in group.notes)]
+    uncovered = ", ".join(group.start.get("unmeasured", []))
+    notes = [*group.start.get("notes", []), *([f"not counted: {uncovered}"] if uncovered else [])]
+    notes += [row["text"] for row in group.notes]
     return NodeSamples(
         attempt=int(group.start["attempt"]),
         host=host,

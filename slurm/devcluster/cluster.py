@@ -185,7 +185,7 @@ class Cluster:
         pid = self.pids.pop(name, None)
         if pid is not None:
             if self.layout.mode == "netns":
-                kill(tree(pid))
+                kill(reversed(tree(pid)))  # process 1 first: with it the kernel ends all others, none has a last word
             else:
                 kill(with_environment("GREENMOE_DEVNODE", f"{self.layout.root}:{name}"))
         self._save()

@@ -183,6 +183,20 @@ def test_wandb_holds_loss_rate_speed_routing_watts_and_joules(quickstart: Path) 
     assert row["router_load/layer_0/expert_0"] == pytest.approx(truth["router_load"][0][0])
     host, watts = next(iter(truth["node_power_w"].items()))
     assert row[f"node_power_w/{host}"] == pytest.approx(watts)
+    assert row[f"node_energy_j/{host}"] == pytest.approx(truth["node_energy_j"][host])
+    assert row["router_entropy/layer_3"] == pytest.approx(truth["router_entropy"][3])
+    assert [item["_step"] for item in history] == list(range(len(logged)))
+
+
+def test_wandb_knows_what_a_stage_was_made_from(quickstart: Path) -> None:
+    def run_of(stage: str) -> Any:
+        return wandb_records(next((quickstart / "stages" / stage / "wandb").glob("offline-run-*")), "run")[0]["run"]
+
+    config = run_of("merge-modern")["config"]["update"]
+    pretrain = config["lineage"]["pretrain"]
+    assert pretrain["wandb_run"] == run_of("pretrain")["run_id"]
+    assert pretrain["digest"] == receipt(quickstart, "merge-modern")["inputs"]["pretrain"]
+    assert config["stage"]["kind"] == "merge"
 
 
 def test_every_stage_has_one_wandb_run_in_the_group_of_the_chain(quickstart: Path) -> None:

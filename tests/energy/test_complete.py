@@ -117,7 +117,7 @@ def test_a_stage_made_again_while_its_job_ran_shares_its_record_and_nothing_coun
 def test_what_a_sampler_had_to_say_stands_beside_its_node_and_a_note_is_no_sample(tmp_path: Path) -> None:
     rows = [
         {"event": "start", "attempt": 1, "time": 100.0, "notes": ["RAPL psys is left out"],
-         "counters": [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]},
+         "unmeasured": ["cpu", "fans"], "counters": [{"name": "gpu0", "scope": "gpu", "provenance": "measured: NVML"}]},
         {"event": "sample", "attempt": 1, "time": 101.0, "energy_j": {"gpu0": 40.0}, "total_energy_j": 40.0},
         {"event": "sample", "attempt": 1, "time": 102.0, "energy_j": {"gpu0": None}, "total_energy_j": None},
         {"event": "note", "attempt": 1, "time": 102.5, "text": "gpu0 restarted"},
@@ -129,6 +129,6 @@ def test_what_a_sampler_had_to_say_stands_beside_its_node_and_a_note_is_no_sampl
     (tmp_path / "energy-n1.jsonl").write_text("\n".join(lines) + "\n")
     node = stage_ledger(tmp_path).nodes[0]
     assert (node.energy_j, node.complete, node.unsure_j, node.scopes) == (90.0, True, 7.0, {"gpu0": "gpu"})
-    assert node.notes == ("RAPL psys is left out", "gpu0 restarted")
+    assert node.notes == ("RAPL psys is left out", "not counted: cpu, fans", "gpu0 restarted")
     series = read_samples(tmp_path)[0]
     assert [series.at(time) for time in (99, 100, 100.5, 101, 102, 102.5, 103, 200)] == [0, 0, 20, 40, 40, 65, 90, 90]

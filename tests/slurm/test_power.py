@@ -84,7 +84,7 @@ def test_joules_of_a_requeued_stage_that_lost_a_node_are_those_that_were_fed(
     run = RunDirectory(tmp_path / "run")
     stage = run.stage("made-up")
     stage.root.mkdir(parents=True)
-    command = f"srun --kill-on-bad-exit=1 {sys.executable} {ROOT}/tests/slurm/stand_in.py {stage.root} 10"
+    command = f"srun --kill-on-bad-exit=1 {sys.executable} {ROOT}/tests/slurm/stand_in.py {stage.root} 12"
     job = slurm("sbatch", "--parsable", "-N4", "--ntasks-per-node=1", "--requeue", f"--export=ALL,PYTHONPATH={ROOT}",
                 "-o", tmp_path / "log", "--open-mode=append", "--wrap", command).strip()  # fmt: skip
     chain = Chain(run)
@@ -93,14 +93,14 @@ def test_joules_of_a_requeued_stage_that_lost_a_node_are_those_that_were_fed(
         found = [node for node in stage_ledger(stage.root).nodes if node.attempt == attempt]
         return len(found) == 4 and min(node.end - node.start for node in found) > seconds
 
-    chain.wait(lambda: sampled(1, 6), "six seconds of the first attempt", 60)
+    chain.wait(lambda: sampled(1, 8), "eight seconds of the first attempt", 60)
     slurm("scontrol", "requeue", job)
-    chain.wait(lambda: sampled(2, 6), "six seconds of the second attempt", 60)
+    chain.wait(lambda: sampled(2, 8), "eight seconds of the second attempt", 60)
     quick_cluster.kill_node("n4")
     quick_cluster.mark_down("n4")
     quick_cluster.start_node("n4")
     quick_cluster.wait_nodes()
-    chain.wait(lambda: sampled(3, 9), "nine seconds of the third attempt", 60)
+    chain.wait(lambda: sampled(3, 11), "eleven seconds of the third attempt", 60)
     chain.wait_until_idle(30)
     receipt = {"stage": "made-up", "kind": "", "config": {}, "inputs": {}, "files": [], "metrics": {},
                "provenance": {}, "energy": {}, "code": {}, "seconds": 1.0, "attempts": 3}  # fmt: skip

@@ -16,14 +16,6 @@ from tests.energy.life import Life
 UNDERFLOW = "18446744073707552768"
 
 
-@pytest.mark.parametrize(
-    ("raw", "joules"),
-    [("16564", 16564.0), ("0", None), ("", None), (UNDERFLOW, None), ("  42 ", 42.0)],
-)
-def test_what_is_no_measurement_is_none(raw: str, joules: float | None) -> None:
-    assert commands.consumed_energy_j(raw) == joules
-
-
 def test_only_attempts_that_slurm_has_a_figure_of_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     life = Life(tmp_path / "run/stages/pretrain", {"n1": 8, "n2": 16})
     for restart in range(3):
