@@ -59,7 +59,8 @@ MAY_IMPORT = {
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
               "hpc.energy.goodput", "hpc.energy.budget", "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
-              "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster"]  # fmt: skip
+              "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster",
+              "hpc.bench.plan"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "plan",
          "explain", "schema", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}

@@ -84,3 +84,21 @@ def bench_energy(seconds: float, as_json: bool) -> None:
     click.echo(show(found))
     if as_json:
         click.echo(json.dumps(found))
+
+
+@bench.command("plan")
+@click.option("--rows", type=click.Path(path_type=Path), help="CSV with runs of others; the published ones by default.")
+@click.option("--fit", is_flag=True, help="Fit the constants again to the published rows first; takes minutes.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
+    """Step time that the plan predicts against published runs on GPUs, with the median error."""
+    from hpc.bench import plan
+
+    if fit:
+        from hpc.bench.plan_fit import write
+
+        write()
+    found = plan.score(rows)
+    click.echo(plan.show(found))
+    if as_json:
+        click.echo(json.dumps(found))
