@@ -11,6 +11,7 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -253,15 +254,43 @@ def resume(run: Path, overrides: tuple[str, ...], yes: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
 def export(run: Path, stage: str, out: Path, step: int | None) -> None:
-    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+    """Write a model of a run as a plain folder with its card (README.md): a checkpoint, or a finished stage's model.
 
-    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    A pretraining stage is exported while it trains, from checkpoints of any number of ranks, without a GPU; every
+    expert is compared with what was written. Of other stages (merge, quantize, lora) the verified artifact is copied.
     """
     from hpc.stages.export import export_stage
     from slurm.steer import open_run
 
     taken = export_stage(open_run(run), stage, out, step)
-    click.echo(f"{out}: {stage} after {taken} steps")
+    click.echo(f"{out}: {taken}")
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1), help="Seconds for each stage.")
+def sync(runs: tuple[Path, ...], timeout: float) -> None:
+    """Send to W&B what the stages of some runs could not send themselves, from a login node.
+
+    Asks the server what it holds and sends the rest, then the edges between artifacts. Call it as often as you like:
+    nothing goes twice, and a stage that was cut short goes on. Ends with code 13 when something is left.
+    """
+    from hpc.tracking.sync import sync as send
+
+    send(list(runs), timeout, lambda stage: click.echo(str(stage)))
+
+
+@main.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="Print the specification; no server is asked.")
+def dashboard(run: Path, as_json: bool) -> None:
+    """Save a W&B workspace for a run: loss against tokens and kWh, watts per node, routing, goodput, attempts.
+
+    A second call replaces the same saved view.
+    """
+    from hpc.tracking import dashboard as made
+
+    click.echo(json.dumps(made.specification(run), indent=1) if as_json else made.save(run))
 
 
 @main.command()
@@ -329,6 +358,8 @@ def _load(
     return loaded, place, make_plan(loaded, place.machine)
 
 
+main.add_command(report)
+main.add_command(card)
 main.add_command(devcluster)
 main.add_command(bench)
 

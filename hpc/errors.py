@@ -76,6 +76,12 @@ class Hung(GreenMoEError):
     exit_code = 11
 
 
+class TrackingError(GreenMoEError):
+    """Weights & Biases cannot be reached, or has not taken everything; nothing is lost."""
+
+    exit_code = 13
+
+
 class Stopped(GreenMoEError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and did so cleanly; the next `run` resumes."""
 
@@ -100,6 +106,7 @@ KINDS: tuple[type[GreenMoEError], ...] = (
     Fenced,
     Hung,
     BudgetSpent,
+    TrackingError,
     Stopped,
 )
 

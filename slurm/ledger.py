@@ -13,10 +13,12 @@ from rich.text import Text
 from hpc.config import Facility
 from hpc.energy.footprint import Footprint, footprint
 from hpc.energy.goodput import Goodput, run_goodput
-from hpc.energy.ledger import GAP_S, Reconciled, RunLedger, StageLedger, run_ledger, run_stages
+from hpc.energy.ledger import GAP_S, NodeEnergy, Reconciled, RunLedger, StageLedger, run_ledger, run_stages
+from hpc.energy.reconcile import scope_joules, with_wandb
 from hpc.errors import SiteError
 from hpc.plan.show import duration, energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
+from hpc.tracking.wandb import gpu_energy_j
 from slurm import commands
 
 LONGEST_REASON = 120
@@ -26,8 +28,9 @@ SACCT_NOTE = (
 
 
 def look(run: RunDirectory) -> RunLedger:
-    """The ledger of a run, reconciled with sacct where the run was submitted to a Slurm that answers here."""
-    ledger = run_ledger(run.root)
+    """The ledger of a run, reconciled with W&B's GPU counters where it has GPUs, and with sacct where the run was
+    submitted to a Slurm that answers here."""
+    ledger = with_gpus(run, run_ledger(run.root))
     jobs = [job for row in read_jsonl(run.submissions) if row["event"] == "submit" for job in row["jobs"]]
     if not jobs:
         return ledger
@@ -36,6 +39,19 @@ def look(run: RunDirectory) -> RunLedger:
     except SiteError:
         told = {}
     return replace(ledger, reconciled=(*ledger.reconciled, with_sacct(run, ledger, told)))
+
+
+def with_gpus(run: RunDirectory, ledger: RunLedger) -> RunLedger:
+    """W&B's monitor beside our GPU counters, on the nodes that it watches: the first of each attempt."""
+    watched: list[NodeEnergy] = []
+    for root, stage in zip(run_stages(run.root), ledger.stages, strict=True):
+        starts = [row for row in read_jsonl(StageDirectory(root).attempts) if row.get("event") == "start"]
+        first = {row["attempt"]: row["nodes"][0] for row in starts if row["nodes"]}
+        watched += [node for node in stage.nodes if first.get(node.attempt, node.host) == node.host]
+    if scope_joules(watched, "gpu") is None:
+        return ledger
+    told = [joules for root in run_stages(run.root) if (joules := gpu_energy_j(root)) is not None]
+    return replace(ledger, reconciled=(*ledger.reconciled, with_wandb(watched, sum(told) if told else None)))
 
 
 def with_sacct(run: RunDirectory, ledger: RunLedger, told: Mapping[str, Sequence[float | None]]) -> Reconciled:
@@ -76,7 +92,7 @@ def site_footprint(run: RunDirectory, ledger: RunLedger) -> Footprint | None:
     tasks = [StageDirectory(path).task for path in sorted((run.root / "stages").glob("*"))]
     stated = [json.loads(path.read_text(encoding="utf-8")).get("facility") for path in tasks if path.exists()]
     facility = Facility.model_validate(next(filter(None, reversed(stated)), {}))
-    if ledger.energy_j is None or not facility.model_dump(exclude={"source"}, exclude_none=True):
+    if ledger.energy_j is None or not facility.stated():
         return None
     return footprint(ledger.energy_j, ledger.node_s / 3600, facility)
 

@@ -4,6 +4,7 @@ submitit unpickles a `StageTask` in every process of a job and calls it. torch i
 set, and only by stages that need it.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -18,7 +19,7 @@ import psutil
 
 from hpc.config import RunConfig
 from hpc.energy.budget import Budget
-from hpc.energy.ledger import power_series, stage_ledger
+from hpc.energy.ledger import stage_ledger
 from hpc.energy.sampler import start_sampler, stop_sampler
 from hpc.errors import BudgetSpent, Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
 from hpc.plan.fit import advice
@@ -38,7 +39,8 @@ from hpc.run.directory import NO_SPACE, RunDirectory, StageDirectory, append_jso
 from hpc.run.receipt import Receipt, code_version, digest, list_files, read_receipt, verify, write_receipt
 from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked, asked_to_learn
 from hpc.stages import stage_function
-from hpc.tracking.wandb import Mirror
+from hpc.tracking.mirror import Mirror
+from hpc.tracking.ticket import Ticket
 from slurm import commands
 from slurm.network import free_port, own_address
 from slurm.state import input_digests, missed_gate
@@ -127,15 +129,15 @@ class StageTask:
             context.progress("checking inputs")
             context.verify_inputs()
         mirror = start_mirror(context) if context.world.is_first else Mirror()
-        context = replace(context, mirror=mirror, budget=limit_of(context))
+        context = replace(context, budget=limit_of(context))
         if not hasattr(context.task.stage, "train"):  # the training loop tells its phases itself
             context.phase("productive")
         try:
             result = stage_function(context.task.stage.kind)(context)
             self._finish(context, result, sampler, mirror, began)
             result.afterwards()
-        except BaseException:
-            mirror.finish(exit_code=1)
+        except BaseException as error:
+            mirror.finish("stopped" if isinstance(error, Stopped) else "failed")
             raise
         world = context.world
         record_end(context.directory, context.attempt, world.rank, "done", node=world.node)
@@ -144,7 +146,7 @@ class StageTask:
     def _finish(
         self, context: Context, result: Result, sampler: "Popen[bytes] | None", mirror: Mirror, began: float
     ) -> None:
-        """Receipt and W&B summary: rank 0 only, in this order."""
+        """Receipt, then the end of the W&B run, which reads it: rank 0 only."""
         if context.world.is_first:
             context.check_fence()
             context.progress("hashing the artifact")
@@ -156,10 +158,7 @@ class StageTask:
             context.phase("idle")
             shutil.rmtree(context.directory.shards, ignore_errors=True)
             context.progress("done")
-            if not context.directory.metrics.exists():
-                log_power(context, mirror)
-            mirror.summary({**receipt.metrics, "energy_j": receipt.energy["energy_j"], "seconds": receipt.seconds})
-            mirror.finish()
+            mirror.finish("done")
 
 
 def _alone(directory: StageDirectory, task: TaskFile, world: World, job: Job) -> AbstractContextManager[None]:
@@ -237,25 +236,36 @@ def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
 
 def start_mirror(context: Context) -> Mirror:
     """The W&B run of this stage; every attempt with the same inputs and configuration goes on in the same one."""
-    task, wanted = context.task, asked_to_learn(context.task.stage, context.task.seed)
-    return Mirror.start(
-        task.tracking,
-        chain=task.run,
-        stage=task.stage.name,
+    task, mode = context.task, context.task.tracking.wandb
+    if mode == "disabled":
+        return Mirror()
+    wanted = asked(task.stage, task.seed)
+    learned = asked_to_learn(task.stage, task.seed)
+    identity = f"{task.run_directory} {task.stage.name} {digest(learned)} {digest(task.inputs)}"
+    ticket = Ticket(
+        id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        project=task.tracking.project,
+        entity=task.tracking.entity,
+        group=task.run,
+        name=f"{task.run}/{task.stage.name}",
         kind=task.stage.kind,
-        folder=context.directory.root,
-        identity=f"{task.run_directory} {task.stage.name} {digest(wanted)} {digest(task.inputs)}",
-        config={"run": task.run, "stage": asked(task.stage, task.seed), "inputs": task.inputs},
-    )
+        produces=task.stage.produces,
+        has_steps="train" in wanted,
+        mode=("online" if os.environ.get("WANDB_API_KEY") else "offline") if mode == "auto" else mode,
+        config={"run": task.run, "stage": wanted, "lineage": lineage(context), "nodes": task.nodes, "ranks": task.ranks,
+                "machine": task.machine.model_dump(mode="json"), "code": code_version()},
+    )  # fmt: skip
+    return Mirror.start(ticket, context.directory.root, context.attempt)
 
 
-def log_power(context: Context, mirror: Mirror) -> None:
-    """Watts and joules of a stage that logs no steps of its own, one row a second of the last attempt."""
-    series = [row for row in power_series(context.directory.root) if row[2] == context.attempt]
-    joules = 0.0
-    for number, (when, host, _, watts) in enumerate(series):
-        joules += watts * (when - series[number - 1][0]) if number else 0.0
-        mirror.log({"step": number, "node_power_w": {host: watts}, "energy_j": joules})
+def lineage(context: Context) -> dict[str, Any]:
+    """What each input of a stage is: kind, digest, and the W&B run that made it where there is one."""
+    told = {}
+    for name, known in context.task.inputs.items():
+        root = context.input_directory(name).root
+        run = Ticket.read(root).id if Ticket.path(root).exists() else None
+        told[name] = {"kind": context.input_receipt(name).kind, "digest": known, "wandb_run": run}
+    return told
 
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:

@@ -18,6 +18,7 @@ DOORS = {
     "litgpt": {"hpc/bench/peers.py"},
     "peft": {"hpc/adapt/lora.py"},
     "wandb": {"hpc/tracking/wandb.py"},
+    "wandb_workspaces": {"hpc/tracking/dashboard.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
     "amdsmi": {"hpc/energy/counters/amd_smi.py"},
@@ -26,7 +27,7 @@ DOORS = {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py",
     },
-    "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
+    "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
     "litdata": {"hpc/bench/data.py"},
     "grain": {"hpc/bench/data.py"},
@@ -44,28 +45,29 @@ MAY_IMPORT = {
     "hpc.evaluate": {"hpc.data", "hpc.errors"},
     "hpc.adapt": {"hpc.config", "hpc.errors"},
     "hpc.shrink": {"hpc.errors", "hpc.model"},
-    "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
+    "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
+    "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {
         "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.plan", "hpc.run",
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.stages",
-        "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.report", "hpc.run",
+        "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
 TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
-              "hpc.energy.goodput", "hpc.energy.budget", "slurm.ledger",
+              "hpc.energy.goodput", "hpc.energy.budget", "hpc.report.card", "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster",
-              "hpc.bench.plan"]  # fmt: skip
-VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "plan",
-         "explain", "schema", "devcluster", "bench")  # fmt: skip
+              "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan"]  # fmt: skip
+VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
+         "dashboard", "plan", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
-HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}
 
 
 def modules() -> list[Path]:
@@ -123,7 +125,7 @@ def test_help_lists_the_verbs_in_the_order_of_use_and_all_exit_codes(launch: Lau
     text = launch("--help").stdout
     places = [text.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 130):
+    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 130):
         assert f"\n  {code:>5}  " in text
 
 

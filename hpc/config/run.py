@@ -13,7 +13,8 @@ from hpc.config.stages import Artifact, Lora, Pretrain, Stage
 
 
 class Tracking(Frozen):
-    """Weights & Biases, the mirror of metrics.jsonl. One run per stage, grouped by the chain."""
+    """Weights & Biases, the mirror of metrics.jsonl. One run per stage, grouped by the chain, whatever happens to its
+    attempts. A process beside the trainer sends it; what it cannot send, `launch.py sync RUN` does later."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is online where WANDB_API_KEY is set and offline where it is not; `launch.py` never asks for a key."""

@@ -4,6 +4,7 @@ Rank 0 puts it into every metrics row, so that loss and watts share a time axis.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,12 @@ def newest_power(stage_directory: Path, attempt: int) -> Power | None:
         return None
     estimated = any("estimate" in name for _, row in samples for name in row["power_w"])
     return Power(sum(watts), estimated)
+
+
+def is_sampled(stage_directory: Path, within_s: float = 60.0) -> bool:
+    """Whether some node of a stage was sampled just now, by a sampler that wrote no end line."""
+    newest = [_last_sample(path) for path in stage_directory.glob("energy-*.jsonl")]
+    return any(row and row["event"] == "sample" and time.time() - row["time"] < within_s for row in newest)
 
 
 def _last_samples(stage_directory: Path, attempt: int) -> list[tuple[str, dict[str, Any]]]:

@@ -3,6 +3,7 @@
 RUN/config.yaml            the configuration as it was given, resolved
 RUN/plan.json              what runs
 RUN/report.html            the last report
+RUN/dashboard.json         the saved W&B workspace
 RUN/site.yaml              on Slurm: the site that it was submitted to
 RUN/submissions.jsonl      on Slurm: one line for each job
 RUN/code/DIGEST/           on Slurm: the code that the jobs run
@@ -20,7 +21,7 @@ RUN/stages/STAGE/          one stage
     shards/                what a stage that reads text has done so far
     artifact/              what the next stages read
     receipt.json           written last: the stage is done
-    jobs/ wandb/           submitit's files and logs on this machine; W&B's files
+    jobs/ wandb/           submitit's files and logs on this machine; W&B's files and what is known of its run
 RUN/superseded/STAGE-N/    stages that a changed configuration made again
 """
 

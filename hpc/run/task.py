@@ -135,14 +135,6 @@ class World:
         return self.rank == 0
 
 
-class RowSink(Protocol):
-    """Something that takes rows of metrics."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Take a row."""
-        ...
-
-
 class Limit(Protocol):
     """Something that a stage may use up (hpc.energy.budget)."""
 
@@ -153,13 +145,6 @@ class Limit(Protocol):
     def check(self) -> None:
         """Raises BudgetSpent when it is."""
         ...
-
-
-class NoSink:
-    """Takes rows and forgets them."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Nothing."""
 
 
 @dataclass(frozen=True)
@@ -173,9 +158,6 @@ class Context:
     stop: StopRequest = field(default_factory=StopRequest)
     fence: Fence | None = None
     """Asked before anything is published; None where no other attempt can come up."""
-    mirror: RowSink = field(default_factory=NoSink)
-    """Where rows of metrics are copied to besides metrics.jsonl (W&B on rank 0)."""
-
     budget: Limit | None = None
     """The energy that may be drawn; rank 0's, where there is one."""
 

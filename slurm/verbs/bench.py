@@ -102,3 +102,25 @@ def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
     click.echo(plan.show(found))
     if as_json:
         click.echo(json.dumps(found))
+
+
+@bench.command("wandb")
+@click.option("--rounds", default=16, show_default=True, type=click.IntRange(1), help="Turns of each trainer.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of a turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="CPU seconds of the trainer on a machine that others use.",
+)
+def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
+    """What W&B costs a step: disabled, offline, online, and online with a server that hangs, in turns. Limit 1.01."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from hpc.bench.wandb import bench as measure
+    from slurm.submit import RANK_ENVIRONMENT
+
+    told = measure(RANK_ENVIRONMENT, rounds, steps, clock, click.echo)
+    if as_json:
+        click.echo(json.dumps(told))
