@@ -152,7 +152,7 @@ class Cluster:
         ]
         self.pids["power"] = start(command, root / "log" / "power.out", {"PYTHONPATH": str(code)})
         last = folder(root, self.layout.names[-1]) / "freshness"
-        self._wait("power", last.exists, 10)
+        self._wait("power", lambda: last.exists() and last.stat().st_size > 0, 10)
 
     def _start_database(self) -> None:
         root, user = self.layout.path, os.environ.get("USER") or "root"
