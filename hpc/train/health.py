@@ -36,7 +36,7 @@ RECORD = "health.json"
 HEALTH_PROVENANCE = {
     "skipped_steps": "measured: steps whose update was left out",
     "rollbacks": "measured: returns to a checkpoint because of a bad step",
-    "peak_memory_bytes": "measured: largest rank after one forward and backward pass (resident on a CPU)",
+    "peak_memory_bytes": "measured: largest rank, most of the last attempt (resident on a CPU, allocated on a GPU)",
     "rank_step_median_s": "measured: compute time of a step without waiting, median over ranks, last attempt",
     "rank_step_p99_s": "measured: the same, 99th percentile over ranks",
     "rank_step_p99_over_median": "derived: how much slower the slow ranks are",

@@ -148,7 +148,6 @@ class _Loop:
         self.nodes = nodes_of(world)
         self.times, self.all_times = StepTimes(self.nodes), StepTimes(self.nodes)
         self.clock = clock(self.device)
-        self.peak_memory_bytes: int | None = None
         self.spent: str | None = None
         """Why no more energy may be drawn, once that is so."""
 
@@ -205,16 +204,17 @@ class _Loop:
         self.context.stop.immediately()
         ordered = sorted(self.step_seconds)
         tokens = self.settings.batches.tokens_per_step
+        held_out_loss = self._evaluate(None)
         return Trained(
             engine=self.engine,
             held_out_loss_before=value_at(self.context.directory.metrics, 0, "heldout_loss_before"),
-            held_out_loss=self._evaluate(None),
+            held_out_loss=held_out_loss,
             last_loss=self.loss,
             tokens_per_s=tokens / ordered[len(ordered) // 2] if ordered else None,
             replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
             passport=self.passport,
-            health={**self.guard.counts, "peak_memory_bytes": self.peak_memory_bytes, **self.all_times.report()},
+            health={**self.guard.counts, "peak_memory_bytes": self._peak_memory_bytes(), **self.all_times.report()},
         )
 
     def _resume(self) -> int:
@@ -256,10 +256,13 @@ class _Loop:
         self.context.phase("compile")
         batch = self.loader.micro_batches(self.guard.record.place(step))[0]
         self.engine.rehearse(lambda: self._pass(batch, None))
+        self.context.progress(f"rehearsed: {self._peak_memory_bytes() / 2**30:.2f} GiB at most on a rank")
+
+    def _peak_memory_bytes(self) -> int:
+        """The most that any rank has held so far. Collective."""
         peak = torch.tensor(float(self.engine.peak_memory_bytes), device=self.device)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        self.peak_memory_bytes = int(peak)
-        self.context.progress(f"rehearsed: {self.peak_memory_bytes / 2**30:.2f} GiB at most on a rank")
+        return int(peak)
 
     def _search(self, done: int) -> None:
         """Compare the ranks on one micro-batch. Collective; raises StageError when they are not equal."""
