@@ -28,6 +28,13 @@ class PowerModel(Frozen):
     accelerator_w: NonNegativeFloat = 0.0
     """Watts of one busy accelerator; used by the plan only (running accelerators are measured)."""
 
+    node_idle_w: PositiveFloat | None = None
+    """Watts of a whole node that does nothing, where the site states them."""
+
+    node_busy_w: PositiveFloat | None = None
+    """Watts of a whole node in training, where the site states them: the plan then takes these and no model of its
+    parts."""
+
     source: str
     """Where the coefficients come from, with the date."""
 
@@ -137,6 +144,22 @@ class Machine(Frozen):
 
     stage_overhead_s: NonNegativeFloat = 15.0
     """Seconds each stage spends on starting processes and importing libraries."""
+
+    accelerator: str | None = None
+    """Name of the accelerator of a rank as its data sheet is known to the plan (H100, GH200, MI250X), for its step
+    time."""
+
+    link_bytes_per_s: PositiveFloat | None = None
+    """Between the ranks of one node, of each rank, one direction, bytes/s."""
+
+    network_bytes_per_s: PositiveFloat | None = None
+    """Between nodes, all ports of a node together, one direction, bytes/s."""
+
+    storage_bytes_per_s: PositiveFloat | None = None
+    """What one job writes to the file system of its run directory, bytes/s; `bench checkpoint` measures it."""
+
+    node_mtbf_hours: PositiveFloat | None = None
+    """Hours between two failures of one node, in the mean."""
 
     power: PowerModel
     """What the machine draws where nothing can be measured, and for planning."""
