@@ -11,6 +11,7 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.plan import plan
 from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -80,8 +81,8 @@ def run(config: Path, site: str, overrides: tuple[str, ...]) -> None:
     """
     from slurm.chain import run_chain
 
-    loaded, place, plan = _load(config, site, overrides)
-    directory = run_chain(loaded, place, plan)
+    loaded, place, planned = _load(config, site, overrides)
+    directory = run_chain(loaded, place, planned)
     if directory.report.exists():
         click.echo(f"report: {directory.report}")
     click.echo(f"run directory: {directory.root}")
@@ -115,7 +116,7 @@ def doctor(
     from slurm.site import load_site
 
     place = load_site(site, site_overrides)
-    planned = make_plan(load_config(config), place.machine) if config else None
+    planned = make_plan(load_config(config), place.machine, place.facility) if config else None
     found = doctors.look(
         place, run_root, min(nodes, place.machine.max_nodes), ranks_per_node or place.machine.ranks_per_node, planned,
         wait, lambda text: click.echo(text, err=True),
@@ -293,20 +294,7 @@ def dashboard(run: Path, as_json: bool) -> None:
     click.echo(json.dumps(made.specification(run), indent=1) if as_json else made.save(run))
 
 
-@main.command()
-@CONFIG
-@SITE
-@SET
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plan(config: Path, site: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what would run: resources, steps, parameters, memory, FLOPs, expected time and energy.
-
-    Pure arithmetic: nothing is started and no deep-learning library is loaded.
-    """
-    from hpc.plan.show import render
-
-    _, _, planned = _load(config, site, overrides)
-    click.echo(json.dumps(planned.to_json(), indent=1) if as_json else render(planned))
+main.add_command(plan)
 
 
 @main.command()
@@ -355,7 +343,7 @@ def _load(
 
     loaded = load_config(config, overrides)
     place = load_site(site, site_overrides)
-    return loaded, place, make_plan(loaded, place.machine)
+    return loaded, place, make_plan(loaded, place.machine, place.facility)
 
 
 main.add_command(report)

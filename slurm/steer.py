@@ -59,7 +59,7 @@ def resubmit(
     except (OSError, yaml.YAMLError, ValueError):
         raise ConfigError(f"{run.root} was never submitted: use `launch.py submit`") from None
     config = config.model_copy(update={"run_root": str(run.root.parent)})
-    return submit_chain(config, site, make_plan(config, site.machine), only, confirm)
+    return submit_chain(config, site, make_plan(config, site.machine, site.facility), only, confirm)
 
 
 def cancel(run: RunDirectory, only: Sequence[str] = ()) -> dict[str, str]:

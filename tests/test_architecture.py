@@ -37,7 +37,7 @@ DOORS = {
 MAY_IMPORT = {
     "hpc.errors": set(),
     "hpc.config": {"hpc.errors"},
-    "hpc.plan": {"hpc.config", "hpc.errors"},
+    "hpc.plan": {"hpc.config", "hpc.energy.footprint", "hpc.errors"},
     "hpc.run": {"hpc.config", "hpc.errors"},
     "hpc.energy": {"hpc.config", "hpc.errors", "hpc.run"},
     "hpc.data": {"hpc.config", "hpc.errors"},
@@ -58,8 +58,9 @@ MAY_IMPORT = {
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
-TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
-              "hpc.energy.goodput", "hpc.energy.budget", "hpc.report.card", "slurm.ledger",
+TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layouts", "hpc.plan.show", "hpc.run.task",
+              "hpc.energy.ledger", "hpc.energy.sampler", "hpc.energy.goodput", "hpc.energy.budget", "hpc.report.card",
+              "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster",
               "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan"]  # fmt: skip
