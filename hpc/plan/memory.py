@@ -108,7 +108,7 @@ def training_memory(
         process = Part("process", PROCESS_BYTES, "interpreter and libraries: measured")
     return Memory(
         states=(*_states(settings, sizes, on_cpu=on_cpu), *_adapted(facts, settings, item)),
-        passes=tuple(_passes(facts, settings, sizes, kept, on_cpu=on_cpu)),
+        passes=tuple(_passes(facts, settings, sizes, kept, load.p99, on_cpu=on_cpu)),
         heap=heap,
         process=process,
         slack=HEAP_SLACK if on_cpu else 1.0,
@@ -172,7 +172,10 @@ def checkpoint_bytes(trained: float, matrices: float = 0.0) -> float:
     return trained * FP32 * (3 - matrices)
 
 
-def _passes(facts: Facts, settings: TrainingBase, sizes: _Sizes, kept: Activations, *, on_cpu: bool) -> list[Part]:
+def _passes(
+    facts: Facts, settings: TrainingBase, sizes: _Sizes, kept: Activations, load: float, *, on_cpu: bool
+) -> list[Part]:
+    """load: of this rank's experts, for rows on their way between ranks and their gradients."""
     b, n, stage = sizes.item, sizes.own, settings.parallel.zero_stage
     accumulates = settings.gradient_accumulation_steps > 1
     bucket = 0.0 if stage == 3 else _bucket(settings, sizes, on_cpu=on_cpu).bytes
@@ -186,7 +189,7 @@ def _passes(facts: Facts, settings: TrainingBase, sizes: _Sizes, kept: Activatio
     layer = sizes.trained_here / facts.model.num_layers
     head = facts.vocab_size * facts.model.hidden_size if sizes.trained > facts.parameters.embedding else 0
     rows = tokens * facts.router.top_k * facts.model.hidden_size * (settings.parallel.expert_parallel_size > 1)
-    working = b * (layer + head + 3 * tokens * facts.model.hidden_size + 4 * rows)
+    working = b * (layer + head + 3 * tokens * facts.model.hidden_size + (3 + 2 * load) * rows)
     gathered = "gathered weights + " if stage == 3 else ""
     whole = FP32 * facts.parameters.total
     passes = [
