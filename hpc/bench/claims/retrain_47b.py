@@ -12,7 +12,7 @@ from hpc.plan.params import count, count_adapter
 
 NAME = "retrain-47b"
 STATEMENT = "A mixture of experts of 47 B parameters is retrained on less than 1 kW in 10 hours."
-HOURS, BUDGET_KW = 10.0, 1.0
+HOURS, BUDGET_KW, CARD_GB = 10.0, 1.0, 48.0
 VOCABULARY, RANK = 32000, 16
 MIXTRAL = Model(
     architecture="mixtral", hidden_size=4096, num_layers=32, num_attention_heads=32, num_key_value_heads=8,
@@ -56,12 +56,17 @@ def audit(bench: Bench) -> Claim:
     """Memory, watts, tokens and the distance to pretraining."""
     memory, power, reach = _memory(), _power(), _reach()
     values = {step.name: step.value for step in (*memory, *power, *reach)}
+    fits = (
+        values["memory in all"] < CARD_GB
+        and values["power, one H100"] < BUDGET_KW
+        and values["energy of that fine-tuning, one H100"] < BUDGET_KW * HOURS
+    )
     return Claim(
         name=NAME,
         statement=STATEMENT,
         said_by=QUOTED,
         kind="on paper",
-        verdict="holds if",
+        verdict="holds if" if fits else "does not hold here",
         because=(
             f"'retrained' means adapters on a frozen base in 4 bits: {values['memory in all']:.0f} GB fit one card of "
             f"48 or 80 GB, and ten hours below 1 kW see {values['tokens in 10 h, one H100'] / 1e6:.0f} M tokens for "
@@ -71,11 +76,11 @@ def audit(bench: Bench) -> Claim:
             f"{values['years to pretrain at that speed']:.0f} years of such a machine."
         ),
         depends_on=(
-            f"what 'retrained' means: adapters have {values[ADAPTER_PART]:.1%} as many parameters as the model, and see "
-            "10^7 tokens",
+            f"what 'retrained' means: adapters have {values[ADAPTER_PART]:.1%} as many parameters as the model, and "
+            "see 10^7 tokens",
             "the base model's own energy, which somebody spent before and which is not in the 10 kWh",
-            f"the software: the published speed is {values[PEAK_PART]:.0%} of the card's peak; {MFU_BEST.value:.0%} of it "
-            f"would be {values[BEST] / 1e6:.0f} M tokens",
+            f"the software: the published speed is {values[PEAK_PART]:.0%} of the card's peak; {MFU_BEST.value:.0%} of "
+            f"it would be {values[BEST] / 1e6:.0f} M tokens",
             "which card: one H100 SXM or two A40 stay below 1 kW with 250 W around them, two H100 SXM do not",
             "IT power only: cooling comes on top (see ten-kw-needs-thirty)",
             "quality: loss after QLoRA, and after merging, is to be measured on the task; nothing is claimed here",

@@ -19,11 +19,11 @@ NAME = "scratch-in-an-hour"
 STATEMENT = "A model is trained from scratch in about an hour at EPCC."
 SITE = "archer2-gpu"
 RECIPE = Path(hpc.__file__).parent.parent / "configs" / "scratch-one-hour.yaml"
-HOUR_S = 3600.0
+HOUR_S, ABOUT_AN_HOUR_MIN = 3600.0, 75.0
 PREPARE_BYTES_PER_CORE_S, BYTES_PER_TOKEN, NODE_CORES = 1.25e6, 4.4, 32
 LARGE_ACTIVE = 12.9e9
 ENERGY, CPU_FLOPS = "energy of training (IT, the site's power model)", "their FLOPs of an hour"
-LOSS = f"loss to expect, E = 8 ({JOINT_LAW})"
+MINUTES, LOSS = "minutes, text included", f"loss to expect, E = 8 ({JOINT_LAW})"
 
 TEXT = (
     Premise("text through the tokenizer, one core", PREPARE_BYTES_PER_CORE_S, "B/s",
@@ -75,10 +75,10 @@ def audit(bench: Bench) -> Claim:
         statement=STATEMENT,
         said_by=QUOTED,
         kind="on paper",
-        verdict="holds if",
+        verdict="holds if" if values[MINUTES] <= ABOUT_AN_HOUR_MIN else "does not hold here",
         because=(
             f"it is a small model: {_short(planned.total_params)} parameters, {_short(planned.active_params)} active, "
-            f"on {_short(planned.tokens)} tokens takes {values['minutes, text included']:.0f} minutes and "
+            f"on {_short(planned.tokens)} tokens takes {values[MINUTES]:.0f} minutes and "
             f"{values[ENERGY]:.2f} kWh on two nodes of four MI210. A model of 47 B parameters takes "
             f"{values[steps[-1].name]:.0f} days there; all of ARCHER2's CPU nodes in an hour do "
             f"{values[CPU_FLOPS] / (6 * 20 * LARGE_ACTIVE**2):.1%} of its FLOPs."
@@ -137,7 +137,7 @@ def _recipe(planned: StagePlan, rate: float, machine: Machine) -> list[Step]:
         Step("text of so many tokens", f"{tokens} x {BYTES_PER_TOKEN}", text, "B"),
         Step("time to prepare it on one node",
              f"{figure(text)} / {figure(PREPARE_BYTES_PER_CORE_S)} / {NODE_CORES}", prepare, "s"),
-        Step("minutes, text included",
+        Step(MINUTES,
              f"({figure(seconds)} + {figure(prepare)}) / 60", (seconds + prepare) / 60, "min"),
         Step("time to train if the MFU were 0.1",
              f"{figure(flops)} / ({figure(rate)} x 0.1 / {mfu:g}) / 3600", flops / (rate * 0.1 / mfu) / 3600, "h"),
