@@ -296,16 +296,19 @@ def dashboard(run: Path, as_json: bool) -> None:
 @main.command()
 @CONFIG
 @SITE
+@SITE_SET
 @SET
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plan(config: Path, site: str, overrides: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    config: Path, site: str, site_overrides: tuple[str, ...], overrides: tuple[str, ...], as_json: bool
+) -> None:  # fmt: skip
     """Show what would run: resources, steps, parameters, memory, FLOPs, expected time and energy.
 
     Pure arithmetic: nothing is started and no deep-learning library is loaded.
     """
     from hpc.plan.show import render
 
-    _, _, planned = _load(config, site, overrides)
+    _, _, planned = _load(config, site, overrides, site_overrides)
     click.echo(json.dumps(planned.to_json(), indent=1) if as_json else render(planned))
 
 

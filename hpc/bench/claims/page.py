@@ -38,8 +38,10 @@ def _claim(claim: Claim) -> Iterator[str]:
     for told in claim.measured:
         value = "not known" if told.value is None else f"{figure(told.value)} {told.unit}".rstrip()
         yield from _entry(f"{told.name}: {value}", told.provenance)
-    stop = " " if claim.verdict == "holds if" else ". "
-    yield from _paragraph("verdict", f"{claim.verdict.upper()}{stop}{claim.because}")
+    because = (
+        f" {claim.because}" if claim.verdict == "holds if" else f". {claim.because[:1].upper()}{claim.because[1:]}"
+    )
+    yield from _paragraph("verdict", claim.verdict.upper() + because)
     yield "depends on"
     for reason in claim.depends_on:
         yield from wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
