@@ -18,9 +18,7 @@ from hpc.config import Router
 from hpc.errors import ArtifactError
 
 EXPERT_SPREAD = 0.5
-"""Standard deviation of the experts' loads over their mean that is assumed where none was measured. Trained with a
-balancing loss, Mixtral's are 0.1 to 0.3, OLMoE's up to 0.7 (arXiv:2401.04088, section 5; arXiv:2409.02060, section
-4.1.2); before training routers are as uneven as chance makes them (quickstart, first ten steps: 0.9)."""
+"""Standard deviation of the experts' loads over their mean, assumed where none was measured."""
 SIGMAS = 2.33
 """99 % of a normal distribution lie below the mean + 2.33 standard deviations."""
 PASSPORT = "router_passport.json"
