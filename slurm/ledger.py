@@ -1,7 +1,7 @@
 """`launch.py ledger`: every joule of a run as a table or JSON, beside what Slurm's accounting counted."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from textwrap import shorten
 from typing import Any
@@ -111,15 +111,21 @@ def _table(ledger: RunLedger) -> Table:
         is_text = heading in ("stage", "")
         table.add_column(heading, no_wrap=bool(heading), justify="left" if is_text else "right", overflow="fold")
     for stage in ledger.stages:
-        mark = "~" if any(source.startswith("estimated") for source in stage.provenance) else ""
-        joules = [energy(j) if j is None else mark + energy(j) for j in (stage.energy_j, stage.useful_j, stage.lost_j)]
+        joules = _marked((stage.energy_j, stage.useful_j, stage.lost_j), stage.provenance)
         tokens = "-" if stage.tokens is None else f"{stage.tokens:,}"
         table.add_row(stage.name, "", "", *joules, duration(stage.node_s), tokens, style="bold")
         for row in _node_rows(stage):
             table.add_row(*map(Text, row))  # words of libraries may hold what rich takes for markup
-    amounts = (energy(ledger.energy_j), energy(ledger.useful_j), energy(ledger.lost_j), duration(ledger.node_s))
-    table.add_row("total", "", "", *amounts, style="bold")
+    sources = [source for stage in ledger.stages for source in stage.provenance]
+    amounts = _marked((ledger.energy_j, ledger.useful_j, ledger.lost_j), sources)
+    table.add_row("total", "", "", *amounts, duration(ledger.node_s), style="bold")
     return table
+
+
+def _marked(joules: Iterable[float | None], sources: Iterable[str]) -> list[str]:
+    """Amounts of energy, with a ~ where any of it is estimated."""
+    mark = "~" if any(source.startswith("estimated") for source in sources) else ""
+    return [energy(amount) if amount is None else mark + energy(amount) for amount in joules]
 
 
 def _node_rows(stage: StageLedger) -> Iterator[tuple[str, ...]]:
