@@ -11,6 +11,8 @@ import click
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.plan import plan
+from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
 SET = click.option(
@@ -79,8 +81,8 @@ def run(config: Path, site: str, overrides: tuple[str, ...]) -> None:
     """
     from slurm.chain import run_chain
 
-    loaded, place, plan = _load(config, site, overrides)
-    directory = run_chain(loaded, place, plan)
+    loaded, place, planned = _load(config, site, overrides)
+    directory = run_chain(loaded, place, planned)
     if directory.report.exists():
         click.echo(f"report: {directory.report}")
     click.echo(f"run directory: {directory.root}")
@@ -114,7 +116,7 @@ def doctor(
     from slurm.site import load_site
 
     place = load_site(site, site_overrides)
-    planned = make_plan(load_config(config), place.machine) if config else None
+    planned = make_plan(load_config(config), place.machine, place.facility) if config else None
     found = doctors.look(
         place, run_root, min(nodes, place.machine.max_nodes), ranks_per_node or place.machine.ranks_per_node, planned,
         wait, lambda text: click.echo(text, err=True),
@@ -196,6 +198,25 @@ def logs(run: Path, stage: str, rank: int | None, follow: bool) -> None:
 
 @main.command()
 @RUN
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object: joules and seconds.")
+def ledger(run: Path, as_json: bool) -> None:
+    """Show every joule of a run: per stage, attempt and node, useful apart from lost, and what is missing.
+
+    Beside it goodput, the footprint where the site states one, what was inherited from other runs, and sacct's figure.
+    """
+    from slurm import ledger as ledgers
+    from slurm.steer import open_run
+
+    directory = open_run(run)
+    found = ledgers.look(directory)
+    if as_json:
+        click.echo(json.dumps(ledgers.to_json(directory, found)))
+    else:
+        ledgers.show(directory, found)
+
+
+@main.command()
+@RUN
 @click.argument("stages", nargs=-1)
 def cancel(run: Path, stages: tuple[str, ...]) -> None:
     """Cancel the waiting and running jobs of a chain, or of some stages. Checkpoints stay; `resume` goes on."""
@@ -208,22 +229,24 @@ def cancel(run: Path, stages: tuple[str, ...]) -> None:
 @main.command()
 @RUN
 @click.argument("stage")
+@SET
 @YES
-def retry(run: Path, stage: str, yes: bool) -> None:
+def retry(run: Path, stage: str, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit a failed stage again, and what depends on it, with a fresh count of crashes."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), [stage], None if yes else _confirm, overrides))
 
 
 @main.command()
 @RUN
+@SET
 @YES
-def resume(run: Path, yes: bool) -> None:
+def resume(run: Path, overrides: tuple[str, ...], yes: bool) -> None:
     """Submit everything that is neither done nor on its way."""
     from slurm import steer
 
-    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm))
+    _submitted(steer.resubmit(steer.open_run(run), (), None if yes else _confirm, overrides))
 
 
 @main.command()
@@ -232,31 +255,46 @@ def resume(run: Path, yes: bool) -> None:
 @click.argument("out", type=click.Path(path_type=Path), metavar="OUT")
 @click.option("--step", type=click.IntRange(min=1), help="Of the checkpoint; by default the newest that verifies.")
 def export(run: Path, stage: str, out: Path, step: int | None) -> None:
-    """Write a checkpoint of a pretraining stage as a plain transformers folder, also while it trains.
+    """Write a model of a run as a plain folder with its card (README.md): a checkpoint, or a finished stage's model.
 
-    Reads checkpoints of any number of ranks, without a GPU; every expert is compared with what was written.
+    A pretraining stage is exported while it trains, from checkpoints of any number of ranks, without a GPU; every
+    expert is compared with what was written. Of other stages (merge, quantize, lora) the verified artifact is copied.
     """
     from hpc.stages.export import export_stage
     from slurm.steer import open_run
 
     taken = export_stage(open_run(run), stage, out, step)
-    click.echo(f"{out}: {stage} after {taken} steps")
+    click.echo(f"{out}: {taken}")
 
 
 @main.command()
-@CONFIG
-@SITE
-@SET
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def plan(config: Path, site: str, overrides: tuple[str, ...], as_json: bool) -> None:
-    """Show what would run: resources, steps, parameters, memory, FLOPs, expected time and energy.
+@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True, file_okay=False))
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(1), help="Seconds for each stage.")
+def sync(runs: tuple[Path, ...], timeout: float) -> None:
+    """Send to W&B what the stages of some runs could not send themselves, from a login node.
 
-    Pure arithmetic: nothing is started and no deep-learning library is loaded.
+    Asks the server what it holds and sends the rest, then the edges between artifacts. Call it as often as you like:
+    nothing goes twice, and a stage that was cut short goes on. Ends with code 13 when something is left.
     """
-    from hpc.plan.show import render
+    from hpc.tracking.sync import sync as send
 
-    _, _, planned = _load(config, site, overrides)
-    click.echo(json.dumps(planned.to_json(), indent=1) if as_json else render(planned))
+    send(list(runs), timeout, lambda stage: click.echo(str(stage)))
+
+
+@main.command()
+@RUN
+@click.option("--json", "as_json", is_flag=True, help="Print the specification; no server is asked.")
+def dashboard(run: Path, as_json: bool) -> None:
+    """Save a W&B workspace for a run: loss against tokens and kWh, watts per node, routing, goodput, attempts.
+
+    A second call replaces the same saved view.
+    """
+    from hpc.tracking import dashboard as made
+
+    click.echo(json.dumps(made.specification(run), indent=1) if as_json else made.save(run))
+
+
+main.add_command(plan)
 
 
 @main.command()
@@ -305,9 +343,11 @@ def _load(
 
     loaded = load_config(config, overrides)
     place = load_site(site, site_overrides)
-    return loaded, place, make_plan(loaded, place.machine)
+    return loaded, place, make_plan(loaded, place.machine, place.facility)
 
 
+main.add_command(report)
+main.add_command(card)
 main.add_command(devcluster)
 main.add_command(bench)
 

@@ -76,10 +76,22 @@ class Hung(GreenMoEError):
     exit_code = 11
 
 
+class TrackingError(GreenMoEError):
+    """Weights & Biases cannot be reached, or has not taken everything; nothing is lost."""
+
+    exit_code = 13
+
+
 class Stopped(GreenMoEError):
     """The run was asked to stop (Ctrl-C, SIGTERM) and did so cleanly; the next `run` resumes."""
 
     exit_code = 130
+
+
+class BudgetSpent(Stopped):
+    """The energy budget is spent; a checkpoint is safe: raise energy_budget_kwh to go on."""
+
+    exit_code = 12
 
 
 KINDS: tuple[type[GreenMoEError], ...] = (
@@ -93,6 +105,8 @@ KINDS: tuple[type[GreenMoEError], ...] = (
     GateMissed,
     Fenced,
     Hung,
+    BudgetSpent,
+    TrackingError,
     Stopped,
 )
 

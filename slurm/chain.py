@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from hpc.config import RunConfig, Stage
-from hpc.errors import GateMissed, GreenMoEError, StageError, Stopped, error_by_exit_code
+from hpc.errors import BudgetSpent, GateMissed, GreenMoEError, StageError, Stopped, error_by_exit_code
 from hpc.plan.plan import Plan, StagePlan
 from hpc.run.attempts import attempt_ends, count_attempts, exclusive
 from hpc.run.directory import (
@@ -102,6 +102,7 @@ def task_file(run: RunDirectory, config: RunConfig, site: Site, stage: Stage, pl
         ranks=planned.nodes * planned.ranks_per_node,
         nodes=planned.nodes,
         retries=config.retries,
+        energy_budget_kwh=config.energy_budget_kwh,
         network_interface=site.network_interface,
     )
 
@@ -155,6 +156,9 @@ def failure(name: str, directory: StageDirectory, attempt: int) -> GreenMoEError
         return error_by_exit_code(row["exit_code"], f"stage {name!r}: {row['message']}{log}")
     if is_full(directory.root):
         return full_disk(directory.root)
+    spent = [row for row in stopped if row["exit_code"] == BudgetSpent.exit_code]
+    if spent:
+        return BudgetSpent(f"stage {name!r}: {min(spent, key=lambda row: row['rank'])['message']}")
     if stopped:
         return Stopped(f"stage {name!r}: {stopped[0]['message']}; run the same command to go on")
     return StageError(

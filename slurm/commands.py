@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
+from hpc.energy.counters.slurm import consumed_energy_j
 from hpc.errors import SiteError
 
 TIMEOUT_S = 30
@@ -90,6 +91,24 @@ def accounting(ids: Sequence[str]) -> list[QueuedJob] | None:
     for job, state, reason, start, end, nodes, comment, exit_code in rows:
         jobs.append(QueuedJob(job, state.split()[0], reason, start, end, nodes, comment, exit_code))
     return jobs
+
+
+def consumed_energy(ids: Sequence[str]) -> dict[str, list[float | None]]:
+    """Raw job id -> joules of each of its attempts, in their order, as the accounting database has them.
+
+    Allocations only: the rows of steps hold the same energy again. None for an attempt without a figure: Slurm writes
+    one only where the job ended by itself, not where it was requeued or lost a node (seen with 22.05).
+    Raises SiteError when sacct is missing or hangs.
+    """
+    result = call(
+        "sacct", "--noheader", "--allocations", "--duplicates", "--parsable2", "--jobs", ",".join(ids),
+        "--format=JobIDRaw,ConsumedEnergyRaw", check=False,
+    )  # fmt: skip
+    found: dict[str, list[float | None]] = {}
+    for line in result.stdout.splitlines() if result.returncode == 0 else []:
+        job, _, raw = line.partition("|")
+        found.setdefault(job, []).append(consumed_energy_j(raw))
+    return found
 
 
 def settings() -> dict[str, str]:

@@ -266,7 +266,7 @@ def _wandb(seen: Seen) -> Finding:
     reason = f"{row['wandb_reason']}{', though the site file says so' if seen.site.outgoing_network else ''}"
     return Finding("W&B", "note", f"no way from compute nodes to api.wandb.ai ({reason})",
                    "runs are written offline",
-                   "on a login node: wandb sync RUN/stages/*/wandb/offline-run-*")  # fmt: skip
+                   "on a login node: python launch.py sync RUN")  # fmt: skip
 
 
 def _seconds(text: str) -> float:

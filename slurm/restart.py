@@ -5,7 +5,8 @@
 runs on the job's first node when all ranks are gone, whatever ended them. With several stages the job is an array and
 its task id chooses. Preemption and time limits lead back to the queue as long as checkpoints progress; a crash, or a
 hang that the watchdog ended, as long as it makes progress and at most `retries` times; running out of memory, bad
-settings and missed gates never. A node that dies takes this decision along: then Slurm itself requeues the job.
+settings, missed gates and a spent energy budget never. A node that dies takes this decision along: then Slurm itself
+requeues the job.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from hpc.errors import GateMissed, Hung, StageError
+from hpc.errors import BudgetSpent, GateMissed, Hung, StageError
 from hpc.run.attempts import failing_nodes, newest_step
 from hpc.run.directory import RunDirectory, append_jsonl, read_jsonl
 from hpc.run.task import TaskFile
@@ -62,6 +63,9 @@ def judge(rows: Sequence[dict[str, Any]], *, has_receipt: bool, step: int, retri
         return Verdict("fail", final["message"] if words == "gate" else f"{words}: {final['message']}")
     if "oom" in log_tail.lower() or "out of memory" in log_tail.lower():
         return Verdict("fail", "out of memory: Slurm killed a process; ask for more memory or lower micro_batch_size")
+    spent = next((ends[rank] for rank in sorted(ends) if ends[rank]["exit_code"] == BudgetSpent.exit_code), None)
+    if spent is not None:
+        return Verdict("fail", spent["message"])
     if "stopped" in outcomes and "failed" not in outcomes and not lost:
         return _again(
             rows,

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from hpc.config import RunConfig, Stage
-from hpc.energy.ledger import stage_energy
+from hpc.energy.curves import read_samples, total_j
 from hpc.energy.meter import newest_power
-from hpc.errors import ConfigError, GateMissed
+from hpc.errors import BudgetSpent, ConfigError, GateMissed
 from hpc.plan.show import energy
 from hpc.run.directory import RunDirectory, StageDirectory, read_jsonl
 from hpc.run.receipt import Receipt, read_receipt
@@ -30,11 +30,20 @@ from slurm.commands import QueuedJob
 from slurm.live import describe, result_words
 
 State = Literal[
-    "done", "running", "waiting", "held up", "failed", "gate missed", "cancelled", "not submitted", "unknown"
+    "done",
+    "running",
+    "waiting",
+    "held up",
+    "failed",
+    "gate missed",
+    "budget spent",
+    "cancelled",
+    "not submitted",
+    "unknown",
 ]
-STYLE = {"done": "green", "running": "cyan", "failed": "red", "gate missed": "yellow", "held up": "yellow",
-         "cancelled": "yellow", "unknown": "red"}  # fmt: skip
-BROKEN = {"failed", "gate missed", "cancelled", "held up", "unknown"}
+STYLE = {"done": "green", "running": "cyan", "failed": "red", "gate missed": "yellow", "budget spent": "yellow",
+         "held up": "yellow", "cancelled": "yellow", "unknown": "red"}  # fmt: skip
+BROKEN = {"failed", "gate missed", "budget spent", "cancelled", "held up", "unknown"}
 
 REASONS = {
     "Dependency": "waits for what it needs",
@@ -169,8 +178,9 @@ def _state(
     last = _since_submission(rows)
     verdict = next((row for row in reversed(last) if row["event"] == "verdict"), None)
     if verdict is not None and verdict["action"] == "fail":
-        is_gate = any(row.get("exit_code") == GateMissed.exit_code for row in last)
-        return ("gate missed" if is_gate else "failed"), verdict["reason"]
+        codes = {row.get("exit_code") for row in last}
+        is_gate, is_spent = GateMissed.exit_code in codes, BudgetSpent.exit_code in codes
+        return ("gate missed" if is_gate else "budget spent" if is_spent else "failed"), verdict["reason"]
     if job is None:
         is_cancelled = any(
             row["event"] == "cancel" and stage.name in row["stages"] for row in read_jsonl(run.submissions)
@@ -221,8 +231,8 @@ def _since_submission(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def _energy(directory: StageDirectory, receipt: Receipt | None) -> tuple[float | None, bool]:
     if receipt is not None:
         return receipt.energy.get("energy_j"), "estimated" in str(receipt.energy.get("provenance"))
-    found = stage_energy(directory.root)
-    return found.energy_j, "estimated" in str(found.provenance)
+    samples = read_samples(directory.root)
+    return total_j(samples), any("estimated" in source for one in samples for source in one.provenance)
 
 
 def render(status: ChainStatus) -> Table:
@@ -234,7 +244,7 @@ def render(status: ChainStatus) -> Table:
     for stage, prefix in _tree(status.stages):
         joules = "-" if stage.energy_j is None else ("~" if stage.is_estimated else "") + energy(stage.energy_j)
         name, state = Text(prefix + stage.name, "bold"), Text(stage.state, STYLE.get(stage.state, ""))
-        table.add_row(name, state, str(stage.attempts or "-"), joules, stage.job or "-", stage.text)
+        table.add_row(name, state, str(stage.attempts or "-"), joules, stage.job or "-", Text(stage.text))
     return table
 
 
@@ -267,7 +277,7 @@ def show(status: ChainStatus, console: Console | None = None) -> None:
     console.print(f"{status.name}: {done} of {len(status.stages)} stages done{total}")
     console.print(render(status))
     for note in status.notes:
-        console.print(note)
+        console.print(note, markup=False)
     if any(stage.is_estimated for stage in status.stages):
         console.print("~ estimated, not measured", style="dim")
 
@@ -288,4 +298,4 @@ def watch_chain(run: RunDirectory, every_s: float) -> None:
                 break
             time.sleep(every_s)
     for note in status.notes:
-        console.print(note)
+        console.print(note, markup=False)

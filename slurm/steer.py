@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 
 from hpc.config import RunConfig
+from hpc.config.load import load_yaml_model
 from hpc.config.near import nearest
 from hpc.errors import ConfigError
 from hpc.plan.plan import plan as make_plan
@@ -41,12 +42,16 @@ def check_stage(config: RunConfig, name: str) -> None:
         raise ConfigError(f"there is no stage {name!r} in this chain{nearest(name, names)}")
 
 
-def resubmit(run: RunDirectory, only: Sequence[str], confirm: Callable[[str], bool] | None) -> Submitted:
+def resubmit(
+    run: RunDirectory, only: Sequence[str], confirm: Callable[[str], bool] | None, overrides: Sequence[str] = ()
+) -> Submitted:
     """Submit what is neither done nor on its way, with the configuration and site of the run directory.
 
-    With `only`, those stages and what depends on them. Raises ConfigError or SiteError.
+    With `only`, those stages and what depends on them; `overrides` change keys, as `--set` does.
+    Raises ConfigError or SiteError.
     """
-    config = load_run(run)
+    load_run(run)
+    config = load_yaml_model(run.config, RunConfig, overrides)
     for name in only:
         check_stage(config, name)
     try:
@@ -54,7 +59,7 @@ def resubmit(run: RunDirectory, only: Sequence[str], confirm: Callable[[str], bo
     except (OSError, yaml.YAMLError, ValueError):
         raise ConfigError(f"{run.root} was never submitted: use `launch.py submit`") from None
     config = config.model_copy(update={"run_root": str(run.root.parent)})
-    return submit_chain(config, site, make_plan(config, site.machine), only, confirm)
+    return submit_chain(config, site, make_plan(config, site.machine, site.facility), only, confirm)
 
 
 def cancel(run: RunDirectory, only: Sequence[str] = ()) -> dict[str, str]:

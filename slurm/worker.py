@@ -4,6 +4,7 @@ submitit unpickles a `StageTask` in every process of a job and calls it. torch i
 set, and only by stages that need it.
 """
 
+import hashlib
 import os
 import shutil
 import time
@@ -14,10 +15,13 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import psutil
+
 from hpc.config import RunConfig
-from hpc.energy.ledger import power_series, stage_energy
+from hpc.energy.budget import Budget
+from hpc.energy.ledger import stage_ledger
 from hpc.energy.sampler import start_sampler, stop_sampler
-from hpc.errors import Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
+from hpc.errors import BudgetSpent, Fenced, GateMissed, GreenMoEError, StageError, Stopped, StorageError
 from hpc.plan.fit import advice
 from hpc.run.attempts import (
     Attempt,
@@ -35,7 +39,8 @@ from hpc.run.directory import NO_SPACE, RunDirectory, StageDirectory, append_jso
 from hpc.run.receipt import Receipt, code_version, digest, list_files, read_receipt, verify, write_receipt
 from hpc.run.task import Context, Result, StopRequest, TaskFile, World, asked, asked_to_learn
 from hpc.stages import stage_function
-from hpc.tracking.wandb import Mirror
+from hpc.tracking.mirror import Mirror
+from hpc.tracking.ticket import Ticket
 from slurm import commands
 from slurm.network import free_port, own_address
 from slurm.state import input_digests, missed_gate
@@ -72,6 +77,8 @@ class StageTask:
                     record_end(directory, attempt.number, world.rank, "done", node=world.node)
                     return "done"
                 check_gates(context)
+                if attempt.over_budget:
+                    raise BudgetSpent(f"{attempt.over_budget}; the stage was not begun: raise it to go on")
                 if world.is_first and job.job:
                     stop.deadline = commands.end_time(job.job)
                 if world.local_rank == 0:
@@ -101,7 +108,10 @@ class StageTask:
         address, interface = own_address(task.network_interface, is_alone=task.nodes == 1)
         if world.is_first:
             note_lost_nodes(directory)
-            attempt = record_start(directory, job, world.size, address, free_port(address))
+            attempt = record_start(
+                directory, job, world.size, address, free_port(address),
+                born=psutil.Process().create_time(), over_budget=spent_before(directory, task),
+            )  # fmt: skip
             shun_failing_nodes(directory, job)
         else:
             attempt = wait_for_start(directory, job)
@@ -119,12 +129,15 @@ class StageTask:
             context.progress("checking inputs")
             context.verify_inputs()
         mirror = start_mirror(context) if context.world.is_first else Mirror()
+        context = replace(context, budget=limit_of(context))
+        if not hasattr(context.task.stage, "train"):  # the training loop tells its phases itself
+            context.phase("productive")
         try:
-            result = stage_function(context.task.stage.kind)(replace(context, mirror=mirror))
+            result = stage_function(context.task.stage.kind)(context)
             self._finish(context, result, sampler, mirror, began)
             result.afterwards()
-        except BaseException:
-            mirror.finish(exit_code=1)
+        except BaseException as error:
+            mirror.finish("stopped" if isinstance(error, Stopped) else "failed")
             raise
         world = context.world
         record_end(context.directory, context.attempt, world.rank, "done", node=world.node)
@@ -133,7 +146,7 @@ class StageTask:
     def _finish(
         self, context: Context, result: Result, sampler: "Popen[bytes] | None", mirror: Mirror, began: float
     ) -> None:
-        """Receipt and W&B summary: rank 0 only, in this order."""
+        """Receipt, then the end of the W&B run, which reads it: rank 0 only."""
         if context.world.is_first:
             context.check_fence()
             context.progress("hashing the artifact")
@@ -142,12 +155,10 @@ class StageTask:
                 stop_sampler(sampler)  # its last sample belongs to the receipt
             receipt = make_receipt(context, result, files, time.monotonic() - began)
             write_receipt(context.directory, receipt)
+            context.phase("idle")
             shutil.rmtree(context.directory.shards, ignore_errors=True)
             context.progress("done")
-            if not context.directory.metrics.exists():
-                log_power(context, mirror)
-            mirror.summary({**receipt.metrics, "energy_j": receipt.energy["energy_j"], "seconds": receipt.seconds})
-            mirror.finish()
+            mirror.finish("done")
 
 
 def _alone(directory: StageDirectory, task: TaskFile, world: World, job: Job) -> AbstractContextManager[None]:
@@ -167,7 +178,7 @@ def with_inputs(directory: StageDirectory, task: TaskFile, world: World) -> Task
     fresh = task.model_copy(update={"inputs": inputs})
     if world.is_first:
         if any(task.inputs.values()):
-            run.supersede(task.stage.name, keep=(directory.attempts, directory.task))
+            run.supersede(task.stage.name, attempt=count_attempts(directory))
         fresh.write(directory.task)
     return fresh
 
@@ -181,6 +192,18 @@ def is_done(context: Context) -> bool:
     if context.world.is_first:
         verify(context.directory, receipt)
     return True
+
+
+def spent_before(directory: StageDirectory, task: TaskFile) -> str | None:
+    """Why an attempt must not even begin; None when it may."""
+    same_inputs = input_digests(RunDirectory(Path(task.run_directory)), task.stage) == task.inputs
+    return Budget(task, directory, count_attempts(directory) + 1, counts_earlier=same_inputs).spent()
+
+
+def limit_of(context: Context) -> Budget | None:
+    """The energy that this attempt may draw, where there is a limit and this rank watches it."""
+    budget = Budget(context.task, context.directory, context.attempt) if context.world.is_first else None
+    return budget if budget is not None and budget.is_limited else None
 
 
 def check_gates(context: Context) -> None:
@@ -213,30 +236,41 @@ def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
 
 def start_mirror(context: Context) -> Mirror:
     """The W&B run of this stage; every attempt with the same inputs and configuration goes on in the same one."""
-    task, wanted = context.task, asked_to_learn(context.task.stage, context.task.seed)
-    return Mirror.start(
-        task.tracking,
-        chain=task.run,
-        stage=task.stage.name,
+    task, mode = context.task, context.task.tracking.wandb
+    if mode == "disabled":
+        return Mirror()
+    wanted = asked(task.stage, task.seed)
+    learned = asked_to_learn(task.stage, task.seed)
+    identity = f"{task.run_directory} {task.stage.name} {digest(learned)} {digest(task.inputs)}"
+    ticket = Ticket(
+        id=hashlib.sha256(identity.encode()).hexdigest()[:16],
+        project=task.tracking.project,
+        entity=task.tracking.entity,
+        group=task.run,
+        name=f"{task.run}/{task.stage.name}",
         kind=task.stage.kind,
-        folder=context.directory.root,
-        identity=f"{task.run_directory} {task.stage.name} {digest(wanted)} {digest(task.inputs)}",
-        config={"run": task.run, "stage": asked(task.stage, task.seed), "inputs": task.inputs},
-    )
+        produces=task.stage.produces,
+        has_steps="train" in wanted,
+        mode=("online" if os.environ.get("WANDB_API_KEY") else "offline") if mode == "auto" else mode,
+        config={"run": task.run, "stage": wanted, "lineage": lineage(context), "nodes": task.nodes, "ranks": task.ranks,
+                "machine": task.machine.model_dump(mode="json"), "code": code_version()},
+    )  # fmt: skip
+    return Mirror.start(ticket, context.directory.root, context.attempt)
 
 
-def log_power(context: Context, mirror: Mirror) -> None:
-    """Watts and joules of a stage that logs no steps of its own, one row a second of the last attempt."""
-    series = [row for row in power_series(context.directory.root) if row[2] == context.attempt]
-    joules = 0.0
-    for number, (when, host, _, watts) in enumerate(series):
-        joules += watts * (when - series[number - 1][0]) if number else 0.0
-        mirror.log({"step": number, "node_power_w": {host: watts}, "energy_j": joules})
+def lineage(context: Context) -> dict[str, Any]:
+    """What each input of a stage is: kind, digest, and the W&B run that made it where there is one."""
+    told = {}
+    for name, known in context.task.inputs.items():
+        root = context.input_directory(name).root
+        run = Ticket.read(root).id if Ticket.path(root).exists() else None
+        told[name] = {"kind": context.input_receipt(name).kind, "digest": known, "wandb_run": run}
+    return told
 
 
 def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], seconds: float) -> Receipt:
     """Put together what the stage did, what it left behind and what it drew."""
-    energy, tokens = stage_energy(context.directory.root), result.metrics.get("tokens")
+    ledger, tokens = stage_ledger(context.directory.root, context.attempt), result.metrics.get("tokens")
     return Receipt(
         stage=context.task.stage.name,
         kind=context.task.stage.kind,
@@ -246,10 +280,12 @@ def make_receipt(context: Context, result: Result, files: list[dict[str, Any]], 
         metrics=result.metrics,
         provenance=result.provenance,
         energy={
-            "energy_j": energy.energy_j,
-            "provenance": energy.provenance,
-            "sampled_s": energy.duration_s,
-            "j_per_token": energy.energy_j / tokens if tokens and energy.energy_j is not None else None,
+            "energy_j": ledger.energy_j,
+            "lost_j": ledger.lost_j,
+            "missing": list(ledger.missing),
+            "provenance": list(ledger.provenance),
+            "sampled_s": ledger.node_s,
+            "j_per_token": ledger.energy_j / tokens if tokens and ledger.energy_j is not None else None,
         },
         code={**code_version(), **{name: library_version(name) for name in result.libraries}},
         seconds=seconds,

@@ -18,6 +18,7 @@ DOORS = {
     "litgpt": {"hpc/bench/peers.py"},
     "peft": {"hpc/adapt/lora.py", "hpc/adapt/merge.py"},
     "wandb": {"hpc/tracking/wandb.py"},
+    "wandb_workspaces": {"hpc/tracking/dashboard.py"},
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
     "amdsmi": {"hpc/energy/counters/amd_smi.py"},
@@ -27,7 +28,7 @@ DOORS = {
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
         "hpc/reuse/gguf.py",
     },
-    "plotly": {"hpc/tracking/report.py", "hpc/tracking/report_figures.py"},
+    "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
     "gguf": {"hpc/reuse/gguf.py"},
     "huggingface_hub": {"hpc/reuse/fetch.py"},
@@ -39,7 +40,7 @@ DOORS = {
 MAY_IMPORT = {
     "hpc.errors": set(),
     "hpc.config": {"hpc.errors"},
-    "hpc.plan": {"hpc.config", "hpc.errors"},
+    "hpc.plan": {"hpc.config", "hpc.energy.footprint", "hpc.errors", "hpc.reuse.fetch", "hpc.reuse.shape"},
     "hpc.run": {"hpc.config", "hpc.errors"},
     "hpc.energy": {"hpc.config", "hpc.errors", "hpc.run"},
     "hpc.data": {"hpc.config", "hpc.errors"},
@@ -48,27 +49,30 @@ MAY_IMPORT = {
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
     "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
     "hpc.shrink": {"hpc.errors", "hpc.model"},
-    "hpc.tracking": {"hpc.config", "hpc.plan", "hpc.run"},
+    "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
+    "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {
         "hpc.config", "hpc.data", "hpc.energy", "hpc.errors", "hpc.evaluate", "hpc.model", "hpc.plan", "hpc.run",
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.reuse.fetch", "hpc.run",
-        "hpc.stages", "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.report", "hpc.reuse.fetch", "hpc.run",
+        "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
 
-TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.show", "hpc.run.task", "hpc.energy.ledger", "hpc.energy.sampler",
+TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layouts", "hpc.plan.show", "hpc.run.task",
+              "hpc.energy.ledger", "hpc.energy.sampler", "hpc.energy.goodput", "hpc.energy.budget", "hpc.report.card",
+              "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster", "slurm.fetch",
-              "hpc.bench.plan"]  # fmt: skip
-VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "cancel", "retry", "resume", "export", "plan", "explain",
-         "schema", "devcluster", "bench")  # fmt: skip
+              "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan"]  # fmt: skip
+VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
+         "dashboard", "plan", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
-HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "numpy", "plotly"}
+HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}
 
 
 def modules() -> list[Path]:
@@ -126,7 +130,7 @@ def test_help_lists_the_verbs_in_the_order_of_use_and_all_exit_codes(launch: Lau
     text = launch("--help").stdout
     places = [text.index(f"\n  {verb} ") for verb in VERBS]
     assert places == sorted(places)
-    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 130):
+    for code in (0, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 130):
         assert f"\n  {code:>5}  " in text
 
 

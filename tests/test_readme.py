@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from hpc.bench.plan import score
 from tests.conftest import ROOT, Launch
 
 MAIN = "pip install -e '.[cpu]' && python launch.py run configs/quickstart.yaml"
@@ -35,8 +36,21 @@ def test_every_other_command_works_as_written(command: str, launch: Launch) -> N
 
 def test_the_readme_is_short_and_has_its_figures() -> None:
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 250
+    assert len(text.splitlines()) <= 260
     assert "FIGURES" not in text
+
+
+def test_the_plans_accuracy_is_what_bench_plan_says() -> None:
+    found = score(None)
+    kinds = found["by_kind"]
+    figures = (
+        found["median_error"], kinds["dense"]["median_error"], kinds["MoE"]["median_error"],
+        found["leave_one_source_out"],
+    )  # fmt: skip
+    table = " | ".join(f"{100 * figure:.1f} %" for figure in figures)
+    text = (ROOT / "README.md").read_text()
+    assert f"| constants fitted on these rows | {table} |" in text
+    assert f"against {len(found['rows'])} published runs" in text.replace("\n", " ")
 
 
 def test_every_folder_has_its_place_in_the_map() -> None:

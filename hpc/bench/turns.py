@@ -113,6 +113,11 @@ class Side:
             self.close()
             raise
 
+    @property
+    def pids(self) -> list[int]:
+        """Its processes."""
+        return [process.pid for process in self._processes if process.pid is not None]
+
     def turn(self, steps: int) -> Turn:
         """Let it do some steps. Raises Failed."""
         for pipe in self._pipes:

@@ -1,6 +1,6 @@
 """What a user may ask for: classes with a docstring under each field, loaded from YAML. Imports nothing heavy."""
 
-from hpc.config.machine import Facility, Machine, PowerModel
+from hpc.config.machine import Facility, Machine, PowerModel, Stated
 from hpc.config.model import Balance, LatentAttention, Model, Router
 from hpc.config.reuse import Init, Upcycle
 from hpc.config.run import RunConfig, Tracking
@@ -18,6 +18,7 @@ from hpc.config.stages import (
     Reuse,
     Source,
     Stage,
+    Trains,
 )  # fmt: skip
 from hpc.config.train import (
     AdapterTraining,
@@ -36,5 +37,5 @@ __all__ = [
     "AdapterTraining", "Artifact", "Balance", "Evaluate", "ExpertChoice", "Facility", "Finetune", "Finetuning",
     "Health", "Init", "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel",
     "Prepare", "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router", "RunConfig", "Schedule",
-    "Source", "Stage", "Tracking", "Training", "TrainingBase", "Upcycle",
+    "Source", "Stage", "Stated", "Tracking", "Training", "TrainingBase", "Trains", "Upcycle",
 ]  # fmt: skip

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
@@ -14,7 +14,8 @@ from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Relora, Stage
 
 
 class Tracking(Frozen):
-    """Weights & Biases, the mirror of metrics.jsonl. One run per stage, grouped by the chain."""
+    """Weights & Biases, the mirror of metrics.jsonl. One run per stage, grouped by the chain, whatever happens to its
+    attempts. A process beside the trainer sends it; what it cannot send, `launch.py sync RUN` does later."""
 
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """`auto` is online where WANDB_API_KEY is set and offline where it is not; `launch.py` never asks for a key."""
@@ -44,6 +45,10 @@ class RunConfig(Frozen):
     retries: NonNegativeInt = 3
     """On Slurm: how often a crashed stage starts again by itself, as long as it makes progress in between. Preemption,
     time limits and lost nodes do not count; running out of memory, bad settings and missed gates are never retried."""
+
+    energy_budget_kwh: PositiveFloat | None = None
+    """IT energy that all stages together may draw, kWh, failed attempts and superseded stages included. The plan
+    refuses to start above it; when it is spent, training saves a checkpoint and stops. Raise it to go on."""
 
     stages: list[Stage] = Field(min_length=1)
     """The chain. Stages run as soon as what they need is there; order in the file does not matter."""

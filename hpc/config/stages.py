@@ -2,7 +2,7 @@
 
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
@@ -105,6 +105,10 @@ class Task(Frozen):
 
     resources: Resources = Resources()
     """What its Slurm job asks for."""
+
+    energy_budget_kwh: PositiveFloat | None = None
+    """IT energy that the stage may draw over all its attempts, kWh. The plan refuses to start above it; when it is
+    spent, training saves a checkpoint and stops, another stage ends. Raise it to go on; results do not change."""
 
     array: str | None = Field(default=None, pattern=NAME)
     """Stages of one array go to Slurm as one job array; `matrix` fills it in."""
@@ -313,6 +317,9 @@ class Report(Task):
     produces: ClassVar[Artifact] = "page"
     accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model", "adapter", "quantized", "metrics")
 
+
+Trains = Pretrain | Finetune | Relora | Lora
+"""Kinds of stages that train."""
 
 Stage = Annotated[
     Prepare | Reuse | Pretrain | Finetune | Relora | Lora | Merge | Quantize | Evaluate | Report,

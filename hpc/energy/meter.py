@@ -4,11 +4,12 @@ Rank 0 puts it into every metrics row, so that loss and watts share a time axis.
 """
 
 import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hpc.energy.ledger import stage_energy
+from hpc.energy.curves import read_samples
 
 TAIL_BYTES = 8192
 
@@ -19,6 +20,8 @@ class MeterReading:
 
     power_w_by_host: dict[str, float]
     """Watts per node; a node without a sample is absent."""
+    energy_j_by_host: dict[str, float]
+    """Joules per node so far, over all attempts; a node without a sample in this one keeps what it drew before."""
     energy_j: float | None
     """Joules of the stage so far, over all attempts and nodes; None when nothing was sampled yet."""
 
@@ -28,19 +31,22 @@ class EnergyMeter:
 
     def __init__(self, stage_directory: Path, attempt: int) -> None:
         self._root, self._attempt = stage_directory, attempt
-        earlier = [part.energy_j for part in stage_energy(stage_directory).attempts if part.attempt != attempt]
-        self._earlier_j = sum(value for value in earlier if value is not None)
+        self._earlier_j: dict[str, float] = {}
+        for one in read_samples(stage_directory):
+            if one.attempt != attempt and one.energy_j is not None:
+                self._earlier_j[one.host] = self._earlier_j.get(one.host, 0.0) + one.energy_j
 
     def read(self) -> MeterReading:
         """The newest sample of each node that belongs to this attempt."""
         power: dict[str, float] = {}
-        energy: float | None = None
+        energy, is_sampled = dict(self._earlier_j), False
         for host, row in _last_samples(self._root, self._attempt):
             if row.get("total_power_w") is not None:
                 power[host] = float(row["total_power_w"])
             if row.get("total_energy_j") is not None:
-                energy = (energy or 0.0) + float(row["total_energy_j"])
-        return MeterReading(power, None if energy is None else energy + self._earlier_j)
+                energy[host] = energy.get(host, 0.0) + float(row["total_energy_j"])
+                is_sampled = True
+        return MeterReading(power, energy, sum(energy.values()) if is_sampled else None)
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,12 @@ def newest_power(stage_directory: Path, attempt: int) -> Power | None:
         return None
     estimated = any("estimate" in name for _, row in samples for name in row["power_w"])
     return Power(sum(watts), estimated)
+
+
+def is_sampled(stage_directory: Path, within_s: float = 60.0) -> bool:
+    """Whether some node of a stage was sampled just now, by a sampler that wrote no end line."""
+    newest = [_last_sample(path) for path in stage_directory.glob("energy-*.jsonl")]
+    return any(row and row["event"] == "sample" and time.time() - row["time"] < within_s for row in newest)
 
 
 def _last_samples(stage_directory: Path, attempt: int) -> list[tuple[str, dict[str, Any]]]:

@@ -1,23 +1,21 @@
 """What to change when a training stage has run out of memory: the micro-batch that the plan says would fit."""
 
-from hpc.config import Lora, Machine, Pretrain, RunConfig, TrainingBase
-from hpc.plan.memory import training_bytes_per_rank
-from hpc.plan.plan import Facts, compute_precision, model_facts
-
-GIB = 2**30
+from hpc.config import Machine, RunConfig, TrainingBase, Trains
+from hpc.plan.facts import Facts, compute_precision, model_facts
+from hpc.plan.memory import training_memory
+from hpc.plan.quantity import GIB
 
 
 def advice(config: RunConfig, machine: Machine, name: str) -> str:
     """Which batches.micro_batch_size fits the memory that the site states for a rank, or what else helps."""
     stage = config.stage(name)
     facts = model_facts(config, name)
-    if facts is None or not isinstance(stage, (Pretrain, Lora)):
+    if facts is None or not isinstance(stage, Trains):
         return "lower batches.micro_batch_size or take more ranks"
     settings, offered = stage.train, machine.memory_gib_per_rank
     now = settings.batches.micro_batch_size
-    precision = compute_precision(machine, settings)
-    needed = {size: _bytes(facts, settings, precision, size) / GIB for size in smaller(settings)}
-    planned = _bytes(facts, settings, precision, now) / GIB
+    needed = {size: planned_bytes(facts, settings, machine, size) / GIB for size in smaller(settings)}
+    planned = planned_bytes(facts, settings, machine, now) / GIB
     if planned <= offered and needed:
         size = max(needed)
         return (
@@ -44,7 +42,8 @@ def smaller(settings: TrainingBase) -> list[int]:
     return [size for size in range(1, settings.batches.micro_batch_size) if sequences % size == 0]
 
 
-def _bytes(facts: Facts, settings: TrainingBase, precision: str, micro_batch_size: int) -> float:
+def planned_bytes(facts: Facts, settings: TrainingBase, machine: Machine, micro_batch_size: int) -> float:
+    """What the plan gives a rank with another micro-batch."""
     batches = settings.batches.model_copy(update={"micro_batch_size": micro_batch_size})
     changed = settings.model_copy(update={"batches": batches})
-    return training_bytes_per_rank(facts.model, facts.router, facts.parameters, changed, precision)
+    return training_memory(facts, changed, compute_precision(machine, settings), on_cpu=machine.device != "cuda").bytes

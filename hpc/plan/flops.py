@@ -5,19 +5,26 @@ of matrix products and T the sequence length; attention is counted as if it were
 """
 
 from hpc.config import AdapterTraining, Model, Router
-from hpc.plan.params import count, count_adapter
+from hpc.plan.params import attention_parameters, count, count_adapter
 
 BACKWARD_PER_FORWARD = 2
 """The backward pass does twice the work of the forward pass: gradients of activations, and of weights."""
 
 
-def forward_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:
-    """One token through the model: 2 x active matrix parameters, and 2 L heads (query + value) T for attention."""
+def attention_flops_per_token(model: Model, seq_len: int) -> float:
+    """One token through the attention blocks: their matrices, and 2 L heads (query + value) T."""
     widths = 2 * model.head_dim
     if model.architecture == "deepseek_v3":
         widths = model.latent.nope_head_dim + model.latent.rope_head_dim + model.latent.value_head_dim
-    attention = 2.0 * model.num_layers * model.num_attention_heads * widths * seq_len
-    return 2.0 * count(model, router, vocab_size).active_matrices + attention
+    scores = 2.0 * model.num_layers * model.num_attention_heads * widths * seq_len
+    return 2.0 * model.num_layers * attention_parameters(model) + scores
+
+
+def forward_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:
+    """One token through the model: 2 x active matrix parameters, and 2 L heads (query + value) T for attention."""
+    parameters = count(model, router, vocab_size)
+    outside = parameters.active_matrices - parameters.attention
+    return 2.0 * outside + attention_flops_per_token(model, seq_len)
 
 
 def training_flops_per_token(model: Model, router: Router, vocab_size: int, seq_len: int) -> float:

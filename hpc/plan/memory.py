@@ -1,50 +1,206 @@
-"""Bytes per rank of a training stage.
+"""Bytes that one rank of a training stage holds at its fullest, part by part, as this engine really has them.
 
-States: ZeRO (arXiv:1910.02054, section 3): weights and gradients at compute precision, fp32 master weights (when the
-compute precision is lower) and two Adam moments; stage 1 shards master and moments over data-parallel ranks, stage 2
-the gradients too, stage 3 the weights too (the layer at work is gathered). Experts are split over the expert-parallel
-group first and sharded over its replicas.
-Activations: what autograd keeps for a transformer block without recomputation, counted tensor by tensor below.
+A rank's memory is what stays (weights, optimizer states, buffers, the process itself) and the most that comes and goes:
+a forward pass, a backward pass, an update, an evaluation, writing the model. On a CPU that is resident memory, counted
+by the kernel (VmHWM); on an accelerator it is device memory, and what waits in the host's memory is told apart.
+
+Sources: ZeRO (arXiv:1910.02054, section 3) for what is sharded; DeepSpeed 0.19.8 (runtime/zero/stage_1_and_2.py,
+stage3.py) and hpc/train/engine.py for the copies and buffers that there are besides; hpc/plan/activations.py. What was
+measured says so at its constant; tests/plan/test_memory.py compares all of it with real runs.
+
+Symbols: N parameters on this rank (dense + experts / EP), n its share of all that are trained (trained / ranks), b
+bytes of an item (2 or 4).
 """
 
-from hpc.config import AdapterTraining, Model, Router, TrainingBase
+from dataclasses import dataclass
+
+from hpc.config import AdapterTraining, TrainingBase
+from hpc.plan.activations import FP32, Activations, activations
+from hpc.plan.facts import Facts
+from hpc.plan.imbalance import Imbalance, imbalance
 from hpc.plan.params import Parameters, count_adapter
+from hpc.plan.process import HEAP_SLACK, PROCESS_BYTES, kernel_bytes
+
+REDUCE_BUCKET = 100_000_000
+"""Elements of the buffer in which gradients are exchanged (hpc/train/engine.py), at most as many as are trained."""
+LIVE_PARAMETERS = 1_050_000_000
+"""Parameters that ZeRO 3 keeps gathered at a time: stage3_max_live_parameters and stage3_prefetch_bucket_size."""
+ACCELERATOR_BYTES = 1.5 * 2**30
+"""Context, libraries' kernels and workspaces, NCCL's channels on an accelerator; assumed."""
 
 
-def training_bytes_per_rank(
-    model: Model, router: Router, parameters: Parameters, settings: TrainingBase, precision: str
-) -> float:
-    """Weights, gradients, optimizer states and activations of one rank."""
-    item = 4 if precision == "fp32" else 2
-    ranks, ep = settings.parallel.world_size, settings.parallel.expert_parallel_size
-    weights = item * (parameters.dense + parameters.experts / ep)
-    if settings.parallel.zero_stage == 3:
-        at_work = (parameters.dense + parameters.experts / ep) / model.num_layers
-        weights = item * (parameters.dense / ranks + parameters.experts / ranks + at_work)
+@dataclass(frozen=True)
+class Part:
+    """Something in memory, with the formula that its size comes from."""
+
+    name: str
+    bytes: float
+    formula: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Of the fullest rank."""
+
+    states: tuple[Part, ...]
+    """Tensors that stay from the first step to the last."""
+    passes: tuple[Part, ...]
+    """Tensors that come and go in each part of the work; only the largest counts."""
+    heap: tuple[Part, ...]
+    """What else is in the heap of a rank on a CPU: the copy for checkpoints, kernels."""
+    process: Part
+    """What is there before there is a model."""
+    slack: float
+    """Heap over what is in use at its fullest: a heap that is not given back to the system has holes."""
+    host: tuple[Part, ...]
+    """In the host's memory, when the rank itself computes on an accelerator."""
+    load: Imbalance
+
+    @property
+    def fullest(self) -> Part:
+        """The largest of `passes`."""
+        return max(self.passes, key=lambda part: part.bytes)
+
+    @property
+    def tensors(self) -> float:
+        """Bytes of tensors at their most, without the copy for checkpoints."""
+        return sum(part.bytes for part in self.states) + self.fullest.bytes
+
+    @property
+    def bytes(self) -> float:
+        """What has to fit."""
+        return self.process.bytes + self.slack * (self.tensors + sum(part.bytes for part in self.heap))
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Counts that several parts share."""
+
+    here: float
+    """N: parameters on this rank, gathered."""
+    own: float
+    """n: this rank's share of the trained parameters."""
+    trained_here: float
+    trained: int
+    gathered: float
+    """Parameters that other ranks hold parts of, under ZeRO 3."""
+    matrices: float
+    """Part of the trained parameters that Muon updates."""
+    item: int
+
+
+def training_memory(
+    facts: Facts, settings: TrainingBase, precision: str, *, on_cpu: bool, load: Imbalance | None = None
+) -> Memory:
+    """Memory of the fullest rank of a training stage. Without `load` imbalance is estimated; its p99 is planned for."""
+    item = FP32 if precision == "fp32" else 2
+    load = load or imbalance(facts.router, settings.parallel.expert_parallel_size)
+    sizes = _sizes(facts.parameters, facts, settings, item)
+    kept = activations(
+        facts.model, facts.router, settings, facts.vocab_size, item, load.p99, in_cache=on_cpu and item == FP32
+    )
+    copy = tuple(_checkpoint_copy(settings, sizes))
+    heap: tuple[Part, ...] = ()
+    process = Part("process", ACCELERATOR_BYTES, "context, workspaces, channels: assumed")
+    if on_cpu:
+        kernels = kernel_bytes(facts.model, facts.router, settings, precision, load.p99)
+        heap = (*copy, Part("kernels", kernels, "oneDNN: kernels x 0.57 MiB, measured"))
+        process = Part("process", PROCESS_BYTES, "interpreter and libraries: measured")
+    return Memory(
+        states=(*_states(settings, sizes, on_cpu=on_cpu), *_adapted(facts, settings, item)),
+        passes=tuple(_passes(facts, settings, sizes, kept, load.p99, on_cpu=on_cpu)),
+        heap=heap,
+        process=process,
+        slack=HEAP_SLACK if on_cpu else 1.0,
+        host=() if on_cpu else copy,
+        load=load,
+    )
+
+
+def _sizes(parameters: Parameters, facts: Facts, settings: TrainingBase, item: int) -> _Sizes:
+    ranks, group = settings.parallel.world_size, settings.parallel.expert_parallel_size
+    experts = parameters.experts / group
+    here = parameters.dense + experts
+    gathered = (parameters.dense if ranks > 1 else 0) + (experts if ranks > group else 0)
     if isinstance(settings, AdapterTraining):
-        trained = float(count_adapter(model, router, settings))
-        states = _state_bytes(trained, ranks, settings, item)
-    else:
-        states = _state_bytes(parameters.dense, ranks, settings, item)
-        states += _state_bytes(parameters.experts / ep, ranks // ep, settings, item)
-    vocab_size = parameters.embedding // model.hidden_size
-    return weights + states + activation_bytes(model, router, settings, vocab_size, item)
+        trained = count_adapter(facts.model, facts.router, settings)
+        return _Sizes(here + trained, trained / ranks, float(trained), trained, gathered, 0.0, item)
+    muon = settings.optimizer.kind == "muon"
+    matrices = parameters.attention + parameters.experts + parameters.always if muon else 0
+    return _Sizes(here, parameters.total / ranks, here, parameters.total, gathered, matrices / parameters.total, item)
 
 
-def _state_bytes(trained: float, replicas: int, settings: TrainingBase, item: int) -> float:
-    """Gradients and optimizer states of `trained` parameters that `replicas` ranks hold."""
-    master_and_moments = 8 + (4 if item < 4 else 0) + (4 if item == 4 else 0)  # ZeRO keeps an fp32 copy in fp32 too
-    gradients = item * trained / (replicas if settings.parallel.zero_stage >= 2 else 1)
-    return gradients + master_and_moments * trained / max(1, replicas)
+def _states(settings: TrainingBase, sizes: _Sizes, *, on_cpu: bool) -> list[Part]:
+    b, n = sizes.item, sizes.own
+    moments = n * FP32 * (2 - sizes.matrices)
+    how = "8 n: AdamW's two" if not sizes.matrices else f"8 n, but 4 n for Muon's {sizes.matrices:.0%}: one"
+    common = [Part("fp32 weights of the optimizer", FP32 * n, "4 n"), Part("moments", moments, how)]
+    if settings.parallel.zero_stage < 3:
+        return [Part("weights", b * sizes.here, "b N"), *common]
+    frozen = sizes.here - sizes.trained_here
+    return [
+        Part("weights", b * (n + frozen / settings.parallel.world_size), "b N / ranks"),
+        *common,
+        Part("gradients", b * n, "b n: flat, always there"),
+        _bucket(settings, sizes, on_cpu=on_cpu),
+    ]
 
 
-def activation_bytes(model: Model, router: Router, settings: TrainingBase, vocab_size: int, item: int) -> float:
-    """Tensors kept for the backward pass of one micro-batch.
+def _bucket(settings: TrainingBase, sizes: _Sizes, *, on_cpu: bool) -> Part:
+    """Under ZeRO 1 and 2 there is a second one where the exchange runs beside the backward pass: on accelerators."""
+    twice = 1 if on_cpu or settings.parallel.zero_stage == 3 else 2
+    size = sizes.item * min(REDUCE_BUCKET, sizes.trained) * twice
+    return Part("exchange of gradients", float(size), f"{'' if twice == 1 else '2 '}b min(1e8, trained)")
 
-    Per token and layer: about 8 of width H (norms, q, k, v, attention output, residuals) and, for each of K experts,
-    2 of width H and 4 of width I. Logits three times (logits, log-softmax, gradient), in fp32.
-    """
+
+def _adapted(facts: Facts, settings: TrainingBase, item: int) -> list[Part]:
+    """Adapters on experts: peft adds their product to the experts' weights in every forward pass, and keeps the sum."""
+    if not isinstance(settings, AdapterTraining) or not settings.experts:
+        return []
+    return [Part("adapted experts", 2.0 * item * facts.parameters.experts, "2 b experts: product and sum")]
+
+
+def _checkpoint_copy(settings: TrainingBase, sizes: _Sizes) -> list[Part]:
+    """The copy that a checkpoint in the background is written from: fp32 weights and moments of this rank."""
+    if not settings.checkpoint_async:
+        return []
+    return [Part("copy for checkpoints", checkpoint_bytes(sizes.own, sizes.matrices), "4 n + moments")]
+
+
+def checkpoint_bytes(trained: float, matrices: float = 0.0) -> float:
+    """fp32 weights and moments of `trained` parameters, of which Muon has one moment for the part `matrices`."""
+    return trained * FP32 * (3 - matrices)
+
+
+def _passes(
+    facts: Facts, settings: TrainingBase, sizes: _Sizes, kept: Activations, load: float, *, on_cpu: bool
+) -> list[Part]:
+    """load: of this rank's experts, for rows on their way between ranks and their gradients."""
+    b, n, stage = sizes.item, sizes.own, settings.parallel.zero_stage
+    accumulates = settings.gradient_accumulation_steps > 1
+    bucket = 0.0 if stage == 3 else _bucket(settings, sizes, on_cpu=on_cpu).bytes
+    live = b * min(sizes.gathered, LIVE_PARAMETERS) if stage == 3 else 0.0
+    waiting = 0.0  # gradients of earlier micro-batches
+    if stage < 3 and accumulates:
+        waiting = b * sizes.trained_here + bucket if stage == 1 else b * n
+    fills = stage < 3 and (accumulates or sizes.trained_here > REDUCE_BUCKET)
+    during = max(waiting, bucket + (b * n if fills else 0.0))
     tokens = settings.batches.micro_batch_size * settings.batches.seq_len
-    active = router.top_k + router.num_shared_experts
-    block = 8 * model.hidden_size + active * (2 * model.hidden_size + 4 * model.expert_size)
-    return float(tokens * (item * model.num_layers * block + 3 * 4 * vocab_size))
+    layer = sizes.trained_here / facts.model.num_layers
+    head = facts.vocab_size * facts.model.hidden_size if sizes.trained > facts.parameters.embedding else 0
+    rows = tokens * facts.router.top_k * facts.model.hidden_size * (settings.parallel.expert_parallel_size > 1)
+    working = b * (layer + head + 3 * tokens * facts.model.hidden_size + (3 + 2 * load) * rows)
+    gathered = "gathered weights + " if stage == 3 else ""
+    whole = FP32 * facts.parameters.total
+    passes = [
+        Part("forward pass", waiting + live + kept.kept + kept.rows,
+             f"{gathered}waiting gradients + kept activations + logits of 512 rows"),
+        Part("backward pass", during + live + kept.kept + kept.again + working,
+             f"{gathered}bucket and gradients + kept and recomputed activations + gradients and rows on their way"),
+        Part("update", b * n * (stage < 3) + FP32 * n, "gradients b n + their fp32 copy 4 n"),
+        Part("evaluation", live + kept.logits + working,
+             "8 V per token: all logits and their log-softmax in fp32"),
+    ]  # fmt: skip
+    if on_cpu and not isinstance(settings, AdapterTraining):
+        passes.append(Part("writing the model", 2.0 * whole, "8 parameters: gathered, and as transformers' model"))
+    return passes

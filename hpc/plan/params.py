@@ -63,6 +63,11 @@ def count(model: Model, router: Router, vocab_size: int) -> Parameters:
     )
 
 
+def attention_parameters(model: Model) -> int:
+    """Parameters of the matrices of one attention block."""
+    return _attention(model)[0]
+
+
 def _attention(model: Model) -> tuple[int, int]:
     """Parameters of one attention block: matrices, and norms of queries, keys and latent vectors."""
     h, d, heads = model.hidden_size, model.head_dim, model.num_attention_heads

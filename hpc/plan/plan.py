@@ -1,54 +1,45 @@
-"""From a configuration and a machine to a plan: stages x resources, with memory, FLOPs, hours and watt-hours.
+"""From a configuration and a machine to a plan: stages x resources, with memory, FLOPs, hours, watt-hours, footprint.
 
-Every figure says how it was come by. Time is FLOPs over the machine's expected rate plus the start of processes;
-energy is time x the power model of the site. Both are estimates, for a decision before a node-hour is spent.
+Every figure says how it was come by. Time rests on a measured rate where there is one (hpc/plan/calibration.py), else
+on the site's profile; energy is time x the power of the site's nodes. All of it is for a decision before a node-hour is
+spent.
 """
 
-import glob
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from hpc.config import (
     AdapterTraining,
-    Evaluate,
-    Finetune,
-    Lora,
+    Facility,
     Machine,
-    Model,
     Prepare,
-    Pretrain,
     Quantize,
     Relora,
-    Router,
     RunConfig,
     Stage,
     TrainingBase,
+    Trains,
 )
-from hpc.config.stages import Tokenizer
-from hpc.errors import ConfigError
-from hpc.plan.flops import adapter_flops_per_token, forward_flops_per_token, training_flops_per_token
-from hpc.plan.memory import training_bytes_per_rank
-from hpc.plan.params import Parameters, count, count_adapter
+from hpc.energy.footprint import Footprint, footprint
+from hpc.plan.budget import check_budgets
+from hpc.plan.calibration import Measured
+from hpc.plan.checks import check_memory, check_stage
+from hpc.plan.duration import HOST_BYTES_PER_S, step_time
+from hpc.plan.facts import Facts, all_facts, compute_precision
+from hpc.plan.failures import Failures, failures
+from hpc.plan.imbalance import imbalance
+from hpc.plan.memory import Memory, checkpoint_bytes, training_memory
+from hpc.plan.params import count_adapter
+from hpc.plan.process import PROCESS_BYTES
+from hpc.plan.quantity import GIB, Quantity, unknown
+from hpc.plan.step_time import StepTime
+from hpc.plan.work import Work, text_bytes, work
 
 PREPARE_BYTES_PER_S = 2.5e6
 """Text through tokenizer training and encoding on two cores, measured on the quickstart's text."""
-BYTES_PER_TOKEN = 4.4
-"""English through a byte-level BPE of a few thousand entries, measured on the quickstart's text."""
 QUANTIZE_PARAMETERS_PER_S = 1.0e6
 """Round-to-nearest on one core, measured on the quickstart's model."""
-
-
-@dataclass(frozen=True)
-class Quantity:
-    """A figure with its unit and how it was come by; None when it cannot be known yet."""
-
-    value: float | None
-    unit: str
-    how: str
 
 
 @dataclass(frozen=True)
@@ -75,6 +66,15 @@ class StagePlan:
     energy: Quantity
     notes: tuple[str, ...] = ()
     deepspeed_overlay: Mapping[str, object] = field(default_factory=dict)
+    memory: Memory | None = None
+    """Of a training stage, part by part."""
+    step: StepTime | None = None
+    """Seconds of one optimizer step, part by part."""
+    checkpoint: Quantity = field(default_factory=lambda: unknown("B", "the stage saves no checkpoint"))
+    """Of all ranks together."""
+    checkpoint_time: Quantity = field(default_factory=lambda: unknown("s", "the stage saves no checkpoint"))
+    failures: Failures | None = None
+    """Where the site states how often its nodes fail."""
 
 
 @dataclass(frozen=True)
@@ -86,112 +86,82 @@ class Plan:
     total_time: Quantity
     total_energy: Quantity
     assumptions: tuple[str, ...]
+    footprint: Footprint | None = None
+    """Of all stages whose energy is known."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, for plan.json and `plan --json`."""
-        return asdict(self)
+        content = asdict(self)
+        for stage, planned in zip(content["stages"], self.stages, strict=True):
+            if planned.memory is not None:
+                stage["memory"]["bytes"] = planned.memory.bytes
+        return content
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What is known about the model that a stage reads or makes."""
-
-    model: Model
-    router: Router
-    parameters: Parameters
-    vocab_size: int
-    seq_len: int
-
-
-def plan(config: RunConfig, machine: Machine) -> Plan:
+def plan(
+    config: RunConfig, machine: Machine, facility: Facility | None = None, measured: Measured | None = None
+) -> Plan:
     """Plan every stage in the order in which it can run. Raises ConfigError for what the machine does not offer."""
-    facts: dict[str, Facts | None] = {}
-    stages = []
-    for stage in config.ordered():
-        facts[stage.name] = _facts(config, stage, facts)
-        stages.append(_plan_stage(config, machine, stage, facts[stage.name]))
+    facts, measured = all_facts(config), measured or Measured()
+    stages = [_plan_stage(config, machine, stage, facts[stage.name], measured) for stage in config.ordered()]
     known = [stage for stage in stages if stage.time.value is not None]
     partly = "" if len(known) == len(stages) else f" of {len(known)} of {len(stages)} stages"
+    joules = sum(stage.energy.value or 0 for stage in known)
+    node_hours = sum((stage.time.value or 0) * stage.nodes for stage in known) / 3600
     return Plan(
         run=config.name,
         stages=tuple(stages),
         total_time=Quantity(sum(s.time.value or 0 for s in known), "s", f"estimated: sum{partly}"),
-        total_energy=Quantity(sum(s.energy.value or 0 for s in known), "J", f"estimated: sum{partly}"),
+        total_energy=Quantity(joules, "J", f"estimated: sum{partly}"),
         assumptions=(
-            f"time: estimated, FLOPs / ({machine.peak_flops_per_rank:.3g} FLOP/s per rank x {machine.expected_mfu} "
-            f"expected MFU) + {machine.stage_overhead_s:.0f} s to start a stage ({machine.source})",
-            f"energy: estimated, time x power of the busy cores and memory of all ranks ({machine.power.source})",
-            "FLOPs: derived, 6 x active matrix parameters + 12 L H T per token (arXiv:2204.02311, appendix B)",
-            "memory: derived for weights and optimizer (arXiv:1910.02054), estimated for activations",
+            *check_budgets(config, {stage.name: stage.energy.value for stage in stages}),
+            *_assumptions(machine, measured),
         ),
+        footprint=footprint(joules, node_hours, facility) if facility else None,
     )
 
 
-def model_facts(config: RunConfig, name: str) -> Facts | None:
-    """What is known about the model of a stage; None when it has none, or its size cannot be read here."""
-    facts: dict[str, Facts | None] = {}
-    for stage in config.ordered():
-        facts[stage.name] = _facts(config, stage, facts)
-    return facts[name]
-
-
-def _facts(config: RunConfig, stage: Stage, facts: dict[str, Facts | None]) -> Facts | None:
-    """The model of a stage: its own shape when it pretrains, else that of the first model or adapter it needs."""
-    if isinstance(stage, Pretrain):
-        vocab_size = _vocab_size(config, config.needed(stage, ["tokens"])[0])
-        if vocab_size is None:
-            return None
-        training = stage.train
-        parameters = count(training.model, training.router, vocab_size)
-        return Facts(training.model, training.router, parameters, vocab_size, training.batches.seq_len)
-    found = config.needed(stage, ["model", "adapter", "quantized"])
-    return facts[found[0].name] if found else None
-
-
-def _vocab_size(config: RunConfig, stage: Stage) -> int | None:
-    """Vocabulary of a prepare stage; None when its tokenizer cannot be read here."""
-    assert isinstance(stage, Prepare)
-    if stage.needs:
-        return _vocab_size(config, config.stage(stage.needs[0]))
-    tokenizer = stage.tokenizer or Tokenizer()
-    if tokenizer.path is None:
-        return tokenizer.vocab_size
-    try:
-        content = json.loads((Path(tokenizer.path) / "tokenizer.json").read_text(encoding="utf-8"))
-        return len(content["model"]["vocab"]) + sum(
-            token["content"] not in content["model"]["vocab"] for token in content.get("added_tokens", [])
+def _assumptions(machine: Machine, measured: Measured) -> tuple[str, ...]:
+    rates = list(dict.fromkeys(rate.how for rate in measured.rates.values()))
+    start = f"{machine.stage_overhead_s:.0f} s to start a stage; --calibrate and --measured RUN do better"
+    if rates:
+        time = "; ".join(rates)
+    elif machine.device == "cuda" and machine.accelerator:
+        time = (
+            f"estimated, data sheet of {machine.accelerator} with constants fitted on published runs (`bench plan`) + "
+            f"{start}"
         )
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    else:
+        peak = f"{machine.peak_flops_per_rank:.3g} FLOP/s per rank x {machine.expected_mfu} expected MFU"
+        time = f"estimated, FLOPs / ({peak}: {machine.source}) + {start}"
+    source = machine.power.source
+    return (
+        f"time: {time}",
+        f"energy: estimated, time x power of the busy nodes ({source})"
+        if machine.power.node_busy_w
+        else f"energy: estimated, time x power of the busy cores and memory of all ranks ({source})",
+        "FLOPs: derived, 6 x active matrix parameters + 12 L H T per token (arXiv:2204.02311, appendix B)",
+        "memory: derived from what the engine allocates (hpc/plan/memory.py; ZeRO: arXiv:1910.02054), for the 99th "
+        "percentile of the experts' load; --detail STAGE shows every part",
+    )
 
 
-def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts | None) -> StagePlan:
-    settings: TrainingBase | None = stage.train if isinstance(stage, (Pretrain, Finetune, Relora, Lora)) else None
+def _plan_stage(
+    config: RunConfig, machine: Machine, stage: Stage, facts: Facts | None, measured: Measured
+) -> StagePlan:
+    settings: TrainingBase | None = stage.train if isinstance(stage, Trains) else None
     nodes = settings.parallel.nodes if settings else 1
     ranks_per_node = settings.parallel.ranks_per_node if settings else 1
-    _check_resources(machine, stage, nodes, ranks_per_node)
+    check_stage(machine, stage, facts, nodes, ranks_per_node)
+    todo = work(config, stage, facts)
     precision = compute_precision(machine, settings) if settings else None
-    flops, tokens, notes = _work(config, stage, facts)
-    memory = _memory(facts, settings, precision)
-    if memory.value is not None and memory.value > machine.memory_gib_per_rank * 2**30:
-        raise ConfigError(
-            f"stage {stage.name!r} needs about {memory.value / 2**30:.1f} GiB per rank, the site offers "
-            f"{machine.memory_gib_per_rank:g}: "
-            "lower batches.micro_batch_size, or raise parallel.expert_parallel_size or nodes"
-        )
-    if isinstance(stage, Lora) and facts and stage.train.batches.seq_len > facts.seq_len:
-        raise ConfigError(
-            f"stage {stage.name!r}: seq_len {stage.train.batches.seq_len} is longer than the context of its model, "
-            f"{facts.seq_len}: choose at most {facts.seq_len}"
-        )
-    if isinstance(stage, Quantize) and facts:
-        _check_groups(stage, facts.model)
-    seconds = _seconds(machine, stage, flops, nodes * ranks_per_node, facts)
-    trainable = None
-    if facts and isinstance(stage, Lora):
-        trainable = count_adapter(facts.model, facts.router, stage.train)
-    elif facts and isinstance(stage, Pretrain):
-        trainable = facts.parameters.total
+    memory = step = None
+    if settings and facts and precision:
+        memory, step = stage_layout(facts, settings, machine, measured, stage)
+        check_memory(machine, stage, memory)
+    saved = _checkpoint(settings, trainable := _trainable(stage, facts))
+    save_time = _checkpoint_time(machine, saved)
+    time = _seconds(machine, stage, todo, facts, step, measured)
     return StagePlan(
         name=stage.name,
         kind=stage.kind,
@@ -202,149 +172,142 @@ def _plan_stage(config: RunConfig, machine: Machine, stage: Stage, facts: Facts 
         zero_stage=settings.parallel.zero_stage if settings else None,
         precision=precision,
         steps=settings.steps if settings else None,
-        tokens=tokens,
+        tokens=todo.tokens,
         gradient_accumulation_steps=settings.gradient_accumulation_steps if settings else None,
         total_params=facts.parameters.total if facts else None,
         active_params=facts.parameters.active if facts else None,
         trainable_params=trainable,
-        memory_per_rank=memory,
-        flops=flops,
-        time=seconds,
-        energy=_energy(machine, seconds, nodes, ranks_per_node),
-        notes=notes,
+        memory_per_rank=_memory_quantity(facts, memory, settings, precision),
+        flops=todo.flops,
+        time=time,
+        energy=energy_of(machine, time, nodes, ranks_per_node),
+        notes=(*todo.notes, *_peak_note(stage.name, measured)),
         deepspeed_overlay=settings.deepspeed if settings else {},
+        memory=memory,
+        step=step,
+        checkpoint=saved,
+        checkpoint_time=save_time,
+        failures=_failures(machine, settings, step, time, saved, save_time),
     )
 
 
-def _check_resources(machine: Machine, stage: Stage, nodes: int, ranks_per_node: int) -> None:
-    for setting, asked, offered in (
-        ("nodes", nodes, machine.max_nodes),
-        ("ranks_per_node", ranks_per_node, machine.ranks_per_node),
-    ):
-        if asked > offered:
-            raise ConfigError(
-                f"stage {stage.name!r}: parallel.{setting} = {asked}, but the site offers {offered}: choose at most "
-                f"{offered}, or another --site"
-            )
+def stage_layout(
+    facts: Facts, settings: TrainingBase, machine: Machine, measured: Measured, stage: Stage
+) -> tuple[Memory, StepTime]:
+    """Memory of a rank and time of a step, of one layout of a training stage."""
+    precision = compute_precision(machine, settings)
+    load = imbalance(facts.router, settings.parallel.expert_parallel_size, measured.histogram)
+    memory = training_memory(facts, settings, precision, on_cpu=machine.device != "cuda", load=load)
+    rate = measured.rate(stage.name, stage.kind)
+    flops_per_s = rate.flops_per_s if rate else None
+    return memory, step_time(facts, settings, machine, 4 if precision == "fp32" else 2, flops_per_s)
 
 
-def _check_groups(stage: Quantize, model: Model) -> None:
-    for setting, size in (("hidden_size", model.hidden_size), ("expert_size", model.expert_size)):
-        if size % stage.group_size:
-            fits = [str(group) for group in (128, 64, 32) if size % group == 0]
-            way_out = f"choose {' or '.join(fits)}" if fits else f"choose a {setting} that is a multiple of 32"
-            raise ConfigError(
-                f"stage {stage.name!r}: group_size {stage.group_size} does not divide {setting} {size}: {way_out}"
-            )
+def _trainable(stage: Stage, facts: Facts | None) -> int | None:
+    if facts is None or not isinstance(stage, Trains):
+        return None
+    parameters = facts.parameters
+    if not isinstance(stage.train, AdapterTraining):
+        return parameters.total
+    adapters = count_adapter(facts.model, facts.router, stage.train)
+    if isinstance(stage, Relora):  # what has no adapter is trained as well
+        adapters += parameters.embedding + parameters.head + parameters.router + parameters.norms
+    return adapters
 
 
-def compute_precision(machine: Machine, settings: TrainingBase) -> str:
-    """fp32 or bf16, as far as it can be told before the run."""
-    if settings.precision != "auto":
-        return settings.precision
-    return "bf16" if machine.device == "cuda" else "fp32"
-
-
-def _work(config: RunConfig, stage: Stage, facts: Facts | None) -> tuple[Quantity, int | None, tuple[str, ...]]:
-    """FLOPs and tokens of a stage."""
-    if isinstance(stage, Prepare):
-        return Quantity(0.0, "FLOP", "derived: none to speak of"), None, ()
+def _memory_quantity(
+    facts: Facts | None, memory: Memory | None, settings: TrainingBase | None, precision: str | None
+) -> Quantity:
     if facts is None:
-        return Quantity(None, "FLOP", "unknown: the model's size is not known yet"), None, ()
-    shape = (facts.model, facts.router, facts.vocab_size)
-    if isinstance(stage, (Pretrain, Lora)):
-        tokens = stage.train.steps * stage.train.batches.tokens_per_step
-        seq_len = stage.train.batches.seq_len
-        per_token = (
-            adapter_flops_per_token(*shape, seq_len, stage.train)
-            if isinstance(stage.train, AdapterTraining)
-            else training_flops_per_token(*shape, seq_len)
-        )
-        notes = tuple(_epochs(stage.train, tokens, config.needed(stage, ["tokens"])))
-        return Quantity(tokens * per_token, "FLOP", "derived: tokens x FLOPs per token"), tokens, notes
-    if isinstance(stage, Evaluate):
-        held_out = [_held_out_tokens(source, stage.tokens) for source in config.needed(stage, ["tokens"])]
-        known = [tokens for tokens in held_out if tokens is not None]
-        if len(known) < len(held_out):
-            return Quantity(None, "FLOP", "unknown: the held-out text is not here"), None, ()
-        tokens = sum(known) * len(config.needed(stage, ["model", "quantized"]))
-        flops = tokens * forward_flops_per_token(*shape, facts.seq_len)
-        return Quantity(flops, "FLOP", "estimated: forward passes over text at 4.4 bytes a token"), tokens, ()
-    return Quantity(0.0, "FLOP", "derived: none to speak of"), None, ()
+        return unknown("B", "no model, or its size is not known yet")
+    if memory is None:
+        return Quantity(PROCESS_BYTES + 4.0 * facts.parameters.total, "B", "derived: fp32 weights, and the process")
+    return Quantity(
+        memory.bytes, "B",
+        f"derived: what stays and the {memory.fullest.name}; estimated: activations at p99 of the experts' load",
+    )  # fmt: skip
 
 
-def _epochs(settings: TrainingBase, tokens: int, texts: list[Stage]) -> Iterator[str]:
-    """How often a training stage goes through each of its texts."""
-    weights = [settings.mixture.get(text.name, 1.0) for text in texts]
-    for text, weight in zip(texts, weights, strict=True):
-        size = _text_bytes(text)
-        if size is not None:
-            share = weight / sum(weights)
-            of = "its text" if len(texts) == 1 else text.name
-            yield f"about {share * tokens / (size / BYTES_PER_TOKEN):.2f} epochs of {of} (estimated)"
+def _peak_note(name: str, measured: Measured) -> tuple[str, ...]:
+    peak = measured.peaks.get(name)
+    return () if peak is None else (f"{peak / GIB:.2f} GiB on the fullest rank (measured in {measured.source})",)
 
 
-def _memory(facts: Facts | None, settings: TrainingBase | None, precision: str | None) -> Quantity:
-    if facts is None:
-        return Quantity(None, "B", "unknown: no model, or its size is not known yet")
-    if settings is None or precision is None:
-        return Quantity(4.0 * facts.parameters.total, "B", "derived: fp32 weights")
-    value = training_bytes_per_rank(facts.model, facts.router, facts.parameters, settings, precision)
-    return Quantity(value, "B", "derived: weights and optimizer states; estimated: activations")
+def _checkpoint(settings: TrainingBase | None, trainable: int | None) -> Quantity:
+    if settings is None or trainable is None:
+        return unknown("B", "the stage saves no checkpoint, or its model is not known yet")
+    return Quantity(checkpoint_bytes(trainable), "B", "derived: fp32 weights and two moments, 12 B per parameter")
 
 
-def _seconds(machine: Machine, stage: Stage, flops: Quantity, ranks: int, facts: Facts | None) -> Quantity:
+def _checkpoint_time(machine: Machine, saved: Quantity) -> Quantity:
+    if saved.value is None:
+        return unknown("s", saved.how.removeprefix("unknown: "))
+    if machine.storage_bytes_per_s is None:
+        return unknown("s", "the site does not state storage_bytes_per_s; `bench checkpoint` measures it")
+    return Quantity(saved.value / machine.storage_bytes_per_s, "s", "estimated: bytes / storage_bytes_per_s")
+
+
+def _failures(
+    machine: Machine,
+    settings: TrainingBase | None,
+    step: StepTime | None,
+    time: Quantity,
+    saved: Quantity,
+    save_time: Quantity,
+) -> Failures | None:
+    if settings is None or step is None or time.value is None or saved.value is None:
+        return None
+    copying = saved.value / settings.parallel.world_size / HOST_BYTES_PER_S
+    stall = copying if settings.checkpoint_async else save_time.value
+    if stall is None or machine.node_mtbf_hours is None:
+        return None
+    return failures(
+        time.value, settings.parallel.nodes, machine.node_mtbf_hours,
+        settings.checkpoint_every_steps * step.seconds, stall, machine.stage_overhead_s,
+    )  # fmt: skip
+
+
+def _seconds(
+    machine: Machine, stage: Stage, todo: Work, facts: Facts | None, step: StepTime | None, measured: Measured
+) -> Quantity:
+    if stage.name in measured.seconds and not isinstance(stage, Trains):
+        return Quantity(measured.seconds[stage.name], "s", f"estimated: as long as measured in {measured.source}")
+    start = measured.start(stage.name, stage.kind)
+    start = machine.stage_overhead_s if start is None else start
     if isinstance(stage, Prepare):
-        text = _text_bytes(stage)
+        text = text_bytes(stage)
         if text is None:
-            return Quantity(None, "s", "unknown: the text is not here")
-        return Quantity(
-            machine.stage_overhead_s / 4 + text / PREPARE_BYTES_PER_S, "s", "estimated: bytes of text / 2.5 MB/s"
-        )
-    if flops.value is None:
-        return Quantity(None, "s", flops.how)
-    seconds = machine.stage_overhead_s + flops.value / (ranks * machine.peak_flops_per_rank * machine.expected_mfu)
+            return unknown("s", "the text is not here")
+        return Quantity(start / 4 + text / PREPARE_BYTES_PER_S, "s", "estimated: bytes of text / 2.5 MB/s")
+    if todo.flops.value is None:
+        return unknown("s", todo.flops.how.removeprefix("unknown: "))
+    rate = measured.rate(stage.name, stage.kind)
+    flops_per_s = rate.flops_per_s if rate else machine.peak_flops_per_rank * machine.expected_mfu
+    basis = f"rate {rate.how}" if rate else "data sheet" if machine.accelerator else "peak x MFU"
+    if isinstance(stage, Trains) and step is not None:
+        seconds = start + training_seconds(stage.train, todo, step, measured)
+        return Quantity(seconds, "s", f"estimated: steps, held-out text and start; {basis}")
+    seconds = start + todo.flops.value / flops_per_s
     if isinstance(stage, Quantize) and facts:
         seconds += facts.parameters.total / QUANTIZE_PARAMETERS_PER_S
-    return Quantity(seconds, "s", "estimated: FLOPs / (ranks x peak x MFU) + start")
+    return Quantity(seconds, "s", f"estimated: FLOPs and start; {basis}")
 
 
-def _energy(machine: Machine, seconds: Quantity, nodes: int, ranks_per_node: int) -> Quantity:
+def training_seconds(settings: TrainingBase, todo: Work, step: StepTime, measured: Measured) -> float:
+    """Steps and held-out text of a training stage."""
+    steps = settings.steps * step.seconds
+    flops, ranks = todo.flops.value or 1.0, settings.parallel.world_size
+    return steps + measured.held_out_seconds(todo.held_out_flops, flops, steps, ranks)
+
+
+def energy_of(machine: Machine, seconds: Quantity, nodes: int, ranks_per_node: int) -> Quantity:
+    """Joules of `nodes` busy nodes."""
     if seconds.value is None:
-        return Quantity(None, "J", seconds.how)
+        return unknown("J", seconds.how.removeprefix("unknown: "))
     power = machine.power
+    if power.node_busy_w is not None:
+        return Quantity(seconds.value * power.node_busy_w * nodes, "J", f"estimated: watts of a node, {power.source}")
     idle_cores = machine.ranks_per_node - ranks_per_node
     watts = ranks_per_node * (power.cpu_busy_w_per_core + power.accelerator_w) + idle_cores * power.cpu_idle_w_per_core
     watts += power.dram_w_per_gib * machine.memory_gib_per_rank * machine.ranks_per_node
     return Quantity(seconds.value * watts * nodes, "J", f"estimated: {power.source}")
-
-
-def _held_out_tokens(stage: Stage, limit: int | None) -> int | None:
-    """Held-out tokens of a prepare stage, at most `limit`; None when its text is not here."""
-    assert isinstance(stage, Prepare)
-    text = _text_bytes(stage)
-    if text is None:
-        return limit
-    tokens = round(text * stage.held_out_fraction / BYTES_PER_TOKEN)
-    return tokens if limit is None else min(limit, tokens)
-
-
-def _text_bytes(stage: Stage) -> int | None:
-    """Size of a prepare stage's text where that can be seen without reading it."""
-    assert isinstance(stage, Prepare)
-    total = 0
-    for source in stage.sources:
-        folder = ""
-        if source.module:
-            module = find_spec(source.module.split(":")[0])
-            if module is None or module.origin is None or not Path(module.origin).is_file():
-                return None
-            total += Path(module.origin).stat().st_size
-        if source.package:
-            spec = find_spec(source.package)
-            if spec is None or not spec.submodule_search_locations:
-                return None
-            folder = spec.submodule_search_locations[0] + "/"
-        for pattern in source.files:
-            total += sum(Path(name).stat().st_size for name in glob.glob(folder + pattern, recursive=True))
-    return total or None

@@ -1,6 +1,9 @@
 """Plans and quantities for people: a table that fits a terminal, and units that fit a line."""
 
-from hpc.plan.plan import Plan, Quantity, StagePlan
+from hpc.energy.footprint import Footprint
+from hpc.plan.layouts import Layout, Search
+from hpc.plan.plan import Plan, StagePlan
+from hpc.plan.quantity import GIB, Quantity
 
 HEADINGS = (
     "stage",
@@ -28,7 +31,67 @@ def render(plan: Plan) -> str:
     lines = [_line(rows[0], widths), "-" * (sum(widths) + 2 * (len(widths) - 1)), *(_line(r, widths) for r in rows[1:])]
     notes = [f"{stage.name}: {note}" for stage in plan.stages for note in stage.notes]
     overlays = [f"{s.name}: DeepSpeed overlay {dict(s.deepspeed_overlay)}" for s in plan.stages if s.deepspeed_overlay]
-    return "\n".join([f"plan of {plan.run}", "", *lines, "", *notes, *overlays, "", *plan.assumptions])
+    told = [*plan.assumptions, *_footprint(plan.footprint)]
+    return "\n".join([f"plan of {plan.run}", "", *lines, "", *notes, *_failures(plan), *overlays, "", *told])
+
+
+def _failures(plan: Plan) -> list[str]:
+    """Of stages on nodes whose failures the site states."""
+    return [
+        f"{stage.name}: {found.expected:.2g} failures of nodes expected, goodput {found.goodput:.1%} with checkpoints "
+        f"every {duration(found.interval_s)}; best: every {duration(found.best_interval_s)} (estimated)"
+        for stage in plan.stages
+        if (found := stage.failures) is not None
+    ]
+
+
+def _footprint(found: Footprint | None) -> list[str]:
+    """What the facility adds, as far as the site states it."""
+    if found is None:
+        return []
+    parts = [
+        (found.total_kwh, "kWh with the facility (PUE)"),
+        (found.water_l, "l of water"),
+        (found.carbon_kg, "kg CO2e"),
+        (found.embodied_kg, "kg CO2e embodied"),
+    ]
+    known = [f"{value:.3g} {unit}" for value, unit in parts if value is not None]
+    return [f"footprint: derived from the energy and the site's statements: {', '.join(known)}"] if known else []
+
+
+SEARCH_HEADINGS = (
+    "nodes", "ranks", "ZeRO", "EP", "micro-batch", "recompute", "GiB/rank", "time", "energy", "node-hours",
+)  # fmt: skip
+SHOWN = 12
+
+
+def render_search(found: Search) -> str:
+    """The best layouts, how to have the first one, and why others are not there."""
+    rows = [SEARCH_HEADINGS, *(_search_row(layout) for layout in found.fitting[:SHOWN])]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(SEARCH_HEADINGS))]
+    table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [f"{found.stage}: {len(found.fitting):,} of {found.tried:,} layouts fit, by {found.by} (estimated)", ""]
+    if found.fitting:
+        words = " ".join(f"--set {word}" for word in found.fitting[0].overrides(found.stage))
+        lines += [table[0], "-" * len(table[0]), *table[1:], "", "the first one:", f"  {words}", ""]
+    if found.refused:
+        lines += ["not among them:", *(f"  {line}" for line in found.refused)]
+    return "\n".join(lines).rstrip()
+
+
+def _search_row(layout: Layout) -> tuple[str, ...]:
+    return (
+        str(layout.nodes),
+        str(layout.nodes * layout.ranks_per_node),
+        str(layout.zero_stage),
+        str(layout.expert_parallel_size),
+        str(layout.micro_batch_size),
+        layout.recompute,
+        f"{layout.memory_bytes / GIB:.2f}",
+        duration(layout.seconds),
+        energy(layout.energy_j),
+        f"{layout.seconds * layout.nodes / 3600:,.3g}",
+    )
 
 
 def _row(stage: StagePlan) -> tuple[str, ...]:

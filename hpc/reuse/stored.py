@@ -12,13 +12,13 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hpc.errors import ArtifactError, DataError
+from hpc.reuse.shape import read_config
 
 ROLES = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2", "w1": "w1", "w3": "w3", "w2": "w2"}
 SINGLE = re.compile(rf"^(.*\.experts)\.(\d+)\.({'|'.join(ROLES)})\.weight$")
@@ -171,22 +171,6 @@ def logical_parameters(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple
         else:
             found[_logical(name)] = shape
     return found
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a checkpoint. Raises DataError, also for one whose model is code in the folder."""
-    try:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder} is not a model in transformers' layout: config.json cannot be read ({error})"
-        ) from None
-    if "auto_map" in config:
-        raise DataError(
-            f"{folder} brings code of its own (auto_map in config.json), which is not run: take a checkpoint whose "
-            "architecture transformers has itself"
-        )
-    return config
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -20,15 +20,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpc.config.reuse import Upcycle
-from hpc.errors import DataError
+from hpc.reuse.shape import sparse_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 
-SPARSE = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "qwen2_moe", "qwen3": "qwen3_moe"}
-"""Dense architecture -> the sparse one with the same attention and norms."""
-SHARED = {"llama": "qwen2_moe", "mistral": "qwen2_moe", "qwen2": "qwen2_moe"}
-"""The same with a shared expert."""
-CLASSES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 MLP = ("gate_proj", "up_proj", "down_proj")
 
 
@@ -39,35 +34,6 @@ class Expert:
     gate: Tensor
     up: Tensor
     down: Tensor
-
-
-def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:
-    """config.json of the sparse model. Raises DataError for an architecture that has no sparse sister."""
-    kind, table = str(config.get("model_type")), SHARED if wanted.shared else SPARSE
-    target = table.get(kind)
-    if target is None:
-        raise DataError(f"upcycle: {kind} has no sparse counterpart here; known are {', '.join(sorted(table))}")
-    width = int(config["intermediate_size"])
-    if width % wanted.granularity:
-        raise DataError(f"upcycle.granularity = {wanted.granularity} does not divide intermediate_size {width}")
-    if config.get("mlp_bias") or (config.get("attention_bias") and target != "qwen2_moe"):
-        raise DataError(f"upcycle: this {kind} has biases, for which {target} has no place")
-    if config.get("use_sliding_window") or (kind == "mistral" and config.get("sliding_window")):
-        raise DataError("upcycle: the model attends in a sliding window, which its sparse counterpart would lose")
-    size = width // wanted.granularity
-    made = {key: value for key, value in config.items() if key not in ("quantization_config", "_name_or_path")}
-    made |= {
-        "model_type": target, "architectures": [CLASSES[target]], "num_experts_per_tok": wanted.top_k,
-        "norm_topk_prob": True, "output_router_logits": False,
-    }  # fmt: skip
-    if target == "mixtral":
-        return made | {"num_local_experts": wanted.num_experts, "intermediate_size": size, "sliding_window": None}
-    made |= {"num_experts": wanted.num_experts, "moe_intermediate_size": size, "decoder_sparse_step": 1}
-    made |= {"mlp_only_layers": []}
-    if target == "qwen2_moe":
-        made |= {"shared_expert_intermediate_size": size * max(1, wanted.shared), "qkv_bias": kind == "qwen2"}
-        made |= {"use_sliding_window": False, "layer_types": ["full_attention"] * int(config["num_hidden_layers"])}
-    return made
 
 
 def upcycle(source: StoredModel, wanted: Upcycle, folder: Path, seed: int) -> None:

@@ -1,11 +1,12 @@
 """Append-only record of every attempt of a stage, successful or not, and the lock that keeps two of them apart.
 
 {"event": "start",   "attempt", "token", "time", "host", "ranks", "job", "restart", "nodes", "checkpoint",
-                     "address", "port"}        rank 0, once; the other ranks wait for it
+                     "address", "port", "born", "over_budget"}     rank 0, once; the other ranks wait for it
 {"event": "end",     "attempt", "rank", "time", "outcome", "exit_code", "message", "is_crash", "node"}   every rank
 {"event": "verdict", "attempt", "time", "action", "reason", "checkpoint"}     what was decided after it (Slurm)
 {"event": "node",    "attempt", "time", "node"}                               a node that failed under it
-{"event": "retry",   "time"}                                                  a person asked for another try
+{"event": "submit",  "time"}                                                  on Slurm: it was submitted (again)
+{"event": "superseded", "attempt", "time", "folder"}     attempts before this one are those of RUN/superseded/FOLDER
 """
 
 import fcntl
@@ -46,6 +47,8 @@ class Attempt:
     number: int
     address: str
     port: int
+    over_budget: str | None = None
+    """Why it must not begin, as rank 0 found it: all ranks have to agree."""
 
 
 def count_attempts(directory: StageDirectory) -> int:
@@ -53,17 +56,27 @@ def count_attempts(directory: StageDirectory) -> int:
     return sum(row.get("event") == "start" for row in read_jsonl(directory.attempts))
 
 
-def record_start(directory: StageDirectory, job: Job, world_size: int, address: str, port: int) -> Attempt:
-    """Announce an attempt (rank 0 of it, once) with the meeting point of its ranks."""
+def record_start(
+    directory: StageDirectory,
+    job: Job,
+    world_size: int,
+    address: str,
+    port: int,
+    *,
+    born: float | None = None,
+    over_budget: str | None = None,
+) -> Attempt:
+    """Announce an attempt (rank 0 of it, once) with the meeting point of its ranks. born: when its process started."""
     number = count_attempts(directory) + 1
     append_jsonl(
         directory.attempts,
         {
             "event": "start", "attempt": number, "time": time.time(), "host": socket.gethostname(),
             "ranks": world_size, **asdict(job), "checkpoint": newest_step(directory), "address": address, "port": port,
+            "born": born, "over_budget": over_budget,
         },
     )  # fmt: skip
-    return Attempt(number, address, port)
+    return Attempt(number, address, port, over_budget)
 
 
 def wait_for_start(directory: StageDirectory, job: Job) -> Attempt:
@@ -74,7 +87,7 @@ def wait_for_start(directory: StageDirectory, job: Job) -> Attempt:
             if row.get("event") == "start" and (row["token"], row["job"], row["restart"]) == (
                 job.token, job.job, job.restart,
             ):  # fmt: skip
-                return Attempt(row["attempt"], row["address"], row["port"])
+                return Attempt(row["attempt"], row["address"], row["port"], row["over_budget"])
         time.sleep(0.05)
     raise StageError(f"rank 0 did not start the attempt within {START_TIMEOUT_S:.0f} s: is {directory.root} shared?")
 

@@ -3,6 +3,7 @@
 RUN/config.yaml            the configuration as it was given, resolved
 RUN/plan.json              what runs
 RUN/report.html            the last report
+RUN/dashboard.json         the saved W&B workspace
 RUN/site.yaml              on Slurm: the site that it was submitted to
 RUN/submissions.jsonl      on Slurm: one line for each job
 RUN/code/DIGEST/           on Slurm: the code that the jobs run
@@ -11,20 +12,23 @@ RUN/stages/STAGE/          one stage
     task.json              what the worker was told to do
     attempts.jsonl         one line when an attempt starts, one when it ends
     metrics.jsonl          one line per logged step: the truth that W&B mirrors
+    timeline.jsonl         one line when the phase of an attempt changes
     energy-HOST.jsonl      one line per second and node
     progress.json          where the running attempt is
+    origin.json            what it started from in other runs; users.jsonl: the runs that started from it
     hung-attempt-N         the rank that hung, and beside it stacks-attempt-N-rank-R.txt of every rank
     checkpoints/step-N/    published checkpoints, never changed once they are there
     shards/                what a stage that reads text has done so far
     artifact/              what the next stages read
     receipt.json           written last: the stage is done
-    jobs/ wandb/           submitit's files and logs on this machine; W&B's files
+    jobs/ wandb/           submitit's files and logs on this machine; W&B's files and what is known of its run
 RUN/superseded/STAGE-N/    stages that a changed configuration made again
 """
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -140,6 +144,11 @@ class StageDirectory:
         return self.root / "metrics.jsonl"
 
     @property
+    def timeline(self) -> Path:
+        """Append-only record of what the running attempt was doing since when."""
+        return self.root / "timeline.jsonl"
+
+    @property
     def progress(self) -> Path:
         """Where the running attempt is, replaced about once a second."""
         return self.root / "progress.json"
@@ -216,10 +225,11 @@ class RunDirectory:
         """The paths of one stage."""
         return StageDirectory(self.root / "stages" / name)
 
-    def supersede(self, name: str, keep: tuple[Path, ...] = ()) -> Path:
+    def supersede(self, name: str, attempt: int | None = None) -> Path:
         """Move a stage aside, with all it spent, so that it can be made again. Returns where it went.
 
-        Files in `keep` are copied: they stay where they are too.
+        From within an attempt, give its number: the record of attempts and the task stay where they are too, and a line
+        in the record says that the attempts before this one went along.
         """
         number = 1
         while (target := self.root / "superseded" / f"{name}-{number}").exists():
@@ -227,12 +237,15 @@ class RunDirectory:
         root = self.stage(name).root
         with storage_errors(target):
             target.parent.mkdir(exist_ok=True)
-            if not keep:
+            if attempt is None:
                 root.rename(target)
                 return target
+            stage = StageDirectory(root)
+            row = {"event": "superseded", "attempt": attempt, "time": time.time(), "folder": target.name}
+            append_jsonl(stage.attempts, row)
             target.mkdir()
             for path in list(root.iterdir()):
-                if path in keep:
+                if path in (stage.attempts, stage.task):
                     shutil.copyfile(path, target / path.name)
                 else:
                     path.rename(target / path.name)

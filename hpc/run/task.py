@@ -16,6 +16,7 @@ from hpc.errors import ArtifactError, Fenced, StageError, Stopped
 from hpc.run.attempts import Fence
 from hpc.run.directory import StageDirectory, write_atomic, write_json
 from hpc.run.receipt import Receipt, read_receipt, verify
+from hpc.run.timeline import Phase, enter
 
 
 class TaskFile(Frozen):
@@ -47,6 +48,8 @@ class TaskFile(Frozen):
     """Interface that the ranks talk over; None: the first one with an address."""
     nodes: int = Field(ge=1)
     """Nodes."""
+    energy_budget_kwh: float | None = None
+    """What all stages of the run together may draw."""
 
     def write(self, path: Path) -> None:
         """Publish the task. Raises StorageError."""
@@ -60,11 +63,13 @@ class TaskFile(Frozen):
 
 SEEDED = ("pretrain", "finetune", "relora", "lora", "evaluate", "reuse")
 """Kinds of stages whose result depends on the seed of the run."""
+NOT_ASKED = {"needs", "gate", "resources", "array", "workers", "energy_budget_kwh"}
+"""Keys of a stage that its result does not depend on."""
 
 
 def asked(stage: Stage, seed: int) -> dict[str, Any]:
     """What a stage's result depends on besides its inputs: its configuration, and the seed where one is used."""
-    config: dict[str, Any] = stage.model_dump(mode="json", exclude={"needs", "gate", "resources", "array", "workers"})
+    config: dict[str, Any] = stage.model_dump(mode="json", exclude=NOT_ASKED)
     return {**config, "seed": seed} if stage.kind in SEEDED else config
 
 
@@ -132,19 +137,16 @@ class World:
         return self.rank == 0
 
 
-class RowSink(Protocol):
-    """Something that takes rows of metrics."""
+class Limit(Protocol):
+    """Something that a stage may use up (hpc.energy.budget)."""
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Take a row."""
+    def spent(self) -> str | None:
+        """Why it is used up, in words; None while it is not."""
         ...
 
-
-class NoSink:
-    """Takes rows and forgets them."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Nothing."""
+    def check(self) -> None:
+        """Raises BudgetSpent when it is."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -158,8 +160,18 @@ class Context:
     stop: StopRequest = field(default_factory=StopRequest)
     fence: Fence | None = None
     """Asked before anything is published; None where no other attempt can come up."""
-    mirror: RowSink = field(default_factory=NoSink)
-    """Where rows of metrics are copied to besides metrics.jsonl (W&B on rank 0)."""
+    budget: Limit | None = None
+    """The energy that may be drawn; rank 0's, where there is one."""
+
+    def phase(self, phase: Phase, step: int | None = None) -> None:
+        """Say what begins now, for the timeline (hpc.run.timeline)."""
+        if self.world.is_first:
+            enter(self.directory, self.attempt, phase, step)
+
+    def check_budget(self) -> None:
+        """Raises BudgetSpent when no more energy may be drawn. For stages of one rank, between pieces of work."""
+        if self.budget is not None:
+            self.budget.check()
 
     def input_directory(self, name: str) -> StageDirectory:
         """Folder of a stage this one needs."""

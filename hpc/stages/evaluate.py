@@ -30,6 +30,7 @@ def run(context: Context) -> Result:
     samples: dict[str, list[dict[str, str]]] = {}
     models = context.inputs("model", "quantized")
     for name, folder in models:
+        context.check_budget()
         context.progress(f"loading {name}")
         model = load_any_model(folder).eval()
         table[name] = {}

@@ -136,6 +136,7 @@ class _Meter:
 
     def told(self, done: int, before: int) -> None:
         """Take the bytes done, `before` of them by an earlier attempt."""
+        self.context.check_budget()
         speed = (done - before) / max(1e-3, time.monotonic() - self.began)
         left = (self.total - done) / speed if speed else None
         self.context.progress(

@@ -1,22 +1,17 @@
-"""report.html of the run, from receipts, metrics and energy files alone. artifact/: report.html (copied to RUN)."""
+"""What the run was, for people. artifact/: report.html (copied to RUN), and cards/STAGE/README.md of every model.
 
-import os
-import platform
+The page and the cards are written from the run directory alone: `launch.py report RUN` and `launch.py card RUN STAGE`
+write them again at any time.
+"""
+
 import shutil
-import time
-from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
-import psutil
-
-from hpc.config import Facility
-from hpc.energy.footprint import footprint
-from hpc.energy.ledger import StageEnergy, power_series, stage_energy
-from hpc.run.receipt import code_version, read_receipt
+from hpc.report.card import card_of, has_card
+from hpc.report.gather import gather
+from hpc.report.page import write_report
+from hpc.run.directory import write_atomic
 from hpc.run.task import Context, Result
-from hpc.tracking.metrics import history
-from hpc.tracking.report import RunReport, StageReport, write_report
 
 
 def run(context: Context) -> Result:
@@ -24,66 +19,20 @@ def run(context: Context) -> Result:
     context.progress("writing the page")
     artifact = context.directory.artifact
     artifact.mkdir(parents=True)
+    facts = gather(Path(context.task.run_directory))
     page = artifact / "report.html"
-    energies = [stage_energy(context.input_directory(name).root) for name in context.task.stage.needs]
-    report = RunReport(
-        name=context.task.run,
-        created=time.time(),
-        code_version=" ".join(str(word) for word in code_version().values() if word),
-        machine=describe_machine(),
-        stages=[_stage_report(context, name) for name in context.task.stage.needs],
-        facility_notes=facility_notes(context.task.facility, energies),
-    )
-    write_report(report, page)
+    write_report(facts, page)
     shutil.copyfile(page, Path(context.task.run_directory) / "report.html")
+    told = [stage for stage in facts.chain if has_card(stage)]
+    for stage in told:
+        folder = artifact / "cards" / stage.name
+        folder.mkdir(parents=True)
+        write_atomic(folder / "README.md", card_of(facts, stage))
     return Result(
-        {"stages": len(report.stages), "page_bytes": page.stat().st_size},
-        {"stages": "measured: stages with a receipt", "page_bytes": "measured: size of report.html"},
+        {"stages": sum(stage.state == "done" for stage in facts.chain), "page_bytes": page.stat().st_size,
+         "cards": len(told)},
+        {"stages": "measured: stages with a receipt", "page_bytes": "measured: size of report.html",
+         "cards": "measured: models with a card"},
         {},
         ("jinja2", "plotly"),
-    )
-
-
-def describe_machine() -> str:
-    """Processor, cores and memory of this node."""
-    model = platform.machine()
-    with suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    return f"{model}, {os.cpu_count()} cores, {psutil.virtual_memory().total / 2**30:.0f} GiB"
-
-
-def facility_notes(facility: Facility, energies: list[StageEnergy]) -> list[str]:
-    """What the site states about its building and what follows for this run; empty when it states nothing."""
-    stated = facility.model_dump(exclude={"source"}, exclude_none=True)
-    notes = [f"{name} = {value} ({facility.source or 'source not stated'})" for name, value in stated.items()]
-    known = [energy.energy_j for energy in energies if energy.energy_j is not None]
-    if not stated or len(known) < len(energies):
-        return notes
-    node_hours = sum(energy.duration_s for energy in energies) / 3600
-    result = footprint(sum(known), node_hours, facility)
-    for name, value in asdict(result).items():
-        if value is not None:
-            notes.append(f"derived for this run: {name} = {value:.4g}")
-    return notes
-
-
-def _stage_report(context: Context, name: str) -> StageReport:
-    directory, receipt = context.input_directory(name), read_receipt(context.input_directory(name))
-    assert receipt is not None  # inputs were verified
-    energy = stage_energy(directory.root)
-    stage = next(stage for stage in context.task.stages if stage.name == name)
-    return StageReport(
-        name=name,
-        kind=receipt.kind,
-        needs=list(stage.needs),
-        seconds=receipt.seconds,
-        attempts=receipt.attempts,
-        metrics=receipt.metrics,
-        provenance=receipt.provenance,
-        size_bytes=receipt.size_bytes,
-        energy_j=energy.energy_j,
-        energy_provenance="; ".join(energy.provenance) or "not measured",
-        history=history(directory.metrics),
-        power=power_series(directory.root),
-    )
+    )  # fmt: skip

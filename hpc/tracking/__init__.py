@@ -1,1 +1,1 @@
-"""What is measured while a stage runs: metrics.jsonl first, Weights & Biases as its mirror, the report at the end."""
+"""What is measured while a stage runs: metrics.jsonl first, Weights & Biases as its mirror."""

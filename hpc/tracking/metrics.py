@@ -1,4 +1,4 @@
-"""metrics.jsonl: one row per logged step, appended by rank 0. The truth; W&B shows a copy.
+"""metrics.jsonl: one row per logged step, appended by rank 0. The truth; W&B shows a copy (hpc/tracking/mirror.py).
 
 A row: step (updates done), tokens, attempt, time (unix), then figures. After a resume the steps since the checkpoint
 appear again with the next attempt's number: `history` keeps the last one of each step.
@@ -7,24 +7,7 @@ appear again with the next attempt's number: `history` keeps the last one of eac
 from pathlib import Path
 from typing import Any
 
-from hpc.run.directory import append_jsonl, read_jsonl
-from hpc.run.task import RowSink
-
-
-class Metrics:
-    """Writer of one stage's rows: to the file, then to the mirror."""
-
-    def __init__(self, path: Path, mirror: RowSink) -> None:
-        self._path, self._mirror = path, mirror
-        self._last_mirrored = max((int(row["step"]) for row in read_jsonl(path)), default=-1)
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Append a row. A step that was mirrored before (by an earlier attempt, or before a return to a checkpoint) is
-        not sent to W&B a second time."""
-        append_jsonl(self._path, row)
-        if int(row["step"]) > self._last_mirrored:
-            self._mirror.log(row)
-            self._last_mirrored = int(row["step"])
+from hpc.run.directory import read_jsonl
 
 
 def history(path: Path) -> list[dict[str, Any]]:

@@ -80,6 +80,9 @@ def start_process_group(world: World, device: str, timeout_s: float = GROUP_TIME
     )
 
 
+REDUCE_BUCKET = 100_000_000
+"""Gradients that are exchanged at a time; as many elements of memory, twice where exchange and backward overlap."""
+
 PRESETS = {"olmoe": "qwen3_moe", "qwen2_moe": "qwen3_moe"}
 """transformers model type -> the layer shape that AutoEP knows, where its name differs: all have Qwen3-MoE's."""
 
@@ -90,8 +93,11 @@ def needs_autoep(settings: TrainingBase) -> bool:
     return settings.parallel.expert_parallel_size > 1 or settings.optimizer.kind == "muon"
 
 
-def deepspeed_config(settings: TrainingBase, precision: str, model_type: str, device: str) -> dict[str, Any]:
-    """DeepSpeed's configuration for a training stage, with the user's overlay on top."""
+def deepspeed_config(
+    settings: TrainingBase, precision: str, model_type: str, device: str, trained: int
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for a training stage, with the user's overlay on top. trained: parameters to train, all
+    experts counted; a bucket for more gradients than there are would only be memory."""
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": settings.batches.micro_batch_size,
         "gradient_accumulation_steps": settings.gradient_accumulation_steps,
@@ -101,7 +107,7 @@ def deepspeed_config(settings: TrainingBase, precision: str, model_type: str, de
         "zero_optimization": {
             "stage": settings.parallel.zero_stage,
             "overlap_comm": device == "cuda",
-            "reduce_bucket_size": 100_000_000,
+            "reduce_bucket_size": min(REDUCE_BUCKET, trained),
         },
     }
     if settings.optimizer.kind == "muon":
@@ -136,11 +142,12 @@ class Engine:
             apply_autoep_shim()
         self._model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         prepare_blocks(model, settings)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            model_parameters=[parameter for parameter in model.parameters() if parameter.requires_grad],
+            model_parameters=trained,
             optimizer=lambda _: self._optimizer(model),
-            config=deepspeed_config(settings, precision, self._model_type, device),
+            config=deepspeed_config(settings, precision, self._model_type, device, sum(p.numel() for p in trained)),
         )
         self.module: nn.Module = self._engine.module
         use_backend(self.module, settings.expert_compute)

@@ -36,7 +36,7 @@ RECORD = "health.json"
 HEALTH_PROVENANCE = {
     "skipped_steps": "measured: steps whose update was left out",
     "rollbacks": "measured: returns to a checkpoint because of a bad step",
-    "peak_memory_bytes": "measured: largest rank after one forward and backward pass (resident on a CPU)",
+    "peak_memory_bytes": "measured: largest rank, most of the last attempt (resident on a CPU, allocated on a GPU)",
     "rank_step_median_s": "measured: compute time of a step without waiting, median over ranks, last attempt",
     "rank_step_p99_s": "measured: the same, 99th percentile over ranks",
     "rank_step_p99_over_median": "derived: how much slower the slow ranks are",
@@ -55,6 +55,8 @@ class Word:
     """What each rank computed for, without its waiting."""
     stop: bool
     """Whether some rank was asked to stop."""
+    is_spent: bool = False
+    """Whether rank 0 found the energy budget spent."""
 
     @property
     def loss(self) -> float:
@@ -62,18 +64,18 @@ class Word:
         return math.fsum(self.losses) / len(self.losses) if all(map(math.isfinite, self.losses)) else math.nan
 
 
-def agree(loss: Tensor, seconds: float, stop: bool, world: World) -> Word:
-    """Tell the other ranks and hear them: one all-reduce of 2 x ranks + 1 numbers. Collective.
+def agree(loss: Tensor, seconds: float, stop: bool, is_spent: bool, world: World) -> Word:
+    """Tell the other ranks and hear them: one all-reduce of 2 x ranks + 2 numbers. Collective.
 
     loss: a scalar on the device of the process group.
     """
-    mine = torch.zeros(2 * world.size + 1, device=loss.device)
+    mine = torch.zeros(2 * world.size + 2, device=loss.device)
     mine[world.rank] = loss
     mine[world.size + world.rank] = seconds
-    mine[-1] = float(stop)
+    mine[-2], mine[-1] = float(stop), float(is_spent)
     dist.all_reduce(mine)
     heard = mine.tolist()
-    return Word(heard[: world.size], heard[world.size : -1], heard[-1] > 0)
+    return Word(heard[: world.size], heard[world.size : -2], heard[-2] > 0, heard[-1] > 0)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from torch import nn
 from hpc.config import Balance, TrainingBase
 from hpc.data.loader import IGNORED, Loader, MicroBatch, Share
 from hpc.data.store import TokenStore
-from hpc.errors import StageError, Stopped
+from hpc.errors import BudgetSpent, StageError, Stopped
 from hpc.evaluate.loss import held_out_loss
 from hpc.model.routing import PASSPORT, RouterProbe, load_metrics, passport, router_biases, update_biases
 from hpc.run.directory import write_json
@@ -112,6 +112,7 @@ class _Loop:
         world, settings = context.world, job.settings
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         context.progress("building the engine")
+        context.phase("compile")
         self.engine = Engine(job.model, settings, self.device, changes_frozen=job.restart is not None)
         self.probe = RouterProbe(self.engine.module)
         self.loader = Loader(
@@ -151,13 +152,15 @@ class _Loop:
         self.nodes = nodes_of(world)
         self.times, self.all_times = StepTimes(self.nodes), StepTimes(self.nodes)
         self.clock = clock(self.device)
-        self.peak_memory_bytes: int | None = None
+        self.spent: str | None = None
+        """Why no more energy may be drawn, once that is so."""
 
     def run(self) -> Trained:
         step = self._resume()
         settings, health = self.settings, self.settings.health
         if health.rehearse and step < settings.steps:
             self._rehearse(step)
+        self.context.phase("productive")
         if step == 0:
             before = self._evaluate(None) if self.job.measure_before else None
             self._log(0, {"heldout_loss": self._evaluate(settings.evaluate_tokens), "heldout_loss_before": before})
@@ -194,10 +197,13 @@ class _Loop:
                 self._checkpoint(done)
                 saved = done
             if stop and done < settings.steps:
-                self._published()
-                raise Stopped(f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe")
+                self._published(saved)
+                where = f"stopped at step {done} of {settings.steps}, checkpoint at step {saved} is safe"
+                if self.spent:
+                    raise BudgetSpent(f"{self.spent}; {where}: raise the budget to go on")
+                raise Stopped(where)
             step = done
-        self._published()
+        self._published(saved)
         self.watchdog.enter("finish")
         return self._trained()
 
@@ -209,16 +215,17 @@ class _Loop:
         self.context.stop.immediately()
         ordered = sorted(self.step_seconds)
         tokens = self.settings.batches.tokens_per_step
+        held_out_loss = self._evaluate(None)
         return Trained(
             engine=self.engine,
             held_out_loss_before=value_at(self.context.directory.metrics, 0, "heldout_loss_before"),
-            held_out_loss=self._evaluate(None),
+            held_out_loss=held_out_loss,
             last_loss=self.loss,
             tokens_per_s=tokens / ordered[len(ordered) // 2] if ordered else None,
             replayed_steps=replayed_steps(self.context.directory.metrics),
             checkpoints=self.checkpoints,
             passport=self.passport,
-            health={**self.guard.counts, "peak_memory_bytes": self.peak_memory_bytes, **self.all_times.report()},
+            health={**self.guard.counts, "peak_memory_bytes": self._peak_memory_bytes(), **self.all_times.report()},
         )
 
     def _resume(self) -> int:
@@ -231,6 +238,7 @@ class _Loop:
             return 0
         folder, step = found
         self.context.progress(f"resuming from step {step}")
+        self.context.phase("start")
         self.guard.record = self._load(folder)
         return step
 
@@ -259,12 +267,16 @@ class _Loop:
         Real tokens, those of the step to come: made-up ones would go to other experts.
         """
         self.context.progress("rehearsing one micro-batch")
+        self.context.phase("compile")
         batch = self.loader.micro_batches(self.guard.record.place(step))[0]
         self.engine.rehearse(lambda: self._pass(batch, None))
+        self.context.progress(f"rehearsed: {self._peak_memory_bytes() / 2**30:.2f} GiB at most on a rank")
+
+    def _peak_memory_bytes(self) -> int:
+        """The most that any rank has held so far. Collective."""
         peak = torch.tensor(float(self.engine.peak_memory_bytes), device=self.device)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
-        self.peak_memory_bytes = int(peak)
-        self.context.progress(f"rehearsed: {self.peak_memory_bytes / 2**30:.2f} GiB at most on a rank")
+        return int(peak)
 
     def _search(self, done: int) -> None:
         """Compare the ranks on one micro-batch. Collective; raises StageError when they are not equal."""
@@ -276,12 +288,16 @@ class _Loop:
     def _checkpoint(self, done: int) -> None:
         if self.context.world.is_first:
             self.context.check_fence()
+        self.context.phase("checkpoint", done)
         with self.watchdog.section("checkpoint"):
             self.checkpoints.save(done, self.context.attempt, self._snapshot(done))
+        self.context.phase("productive")
 
-    def _published(self) -> None:
+    def _published(self, saved: int) -> None:
+        self.context.phase("checkpoint", saved)
         with self.watchdog.section("checkpoint"):
             self.checkpoints.wait()
+        self.context.phase("productive")
 
     def _snapshot(self, done: int) -> Copy:
         """What a checkpoint holds: the engine's state, and where tokens went since the checkpoint before."""
@@ -377,11 +393,14 @@ class _Loop:
             or self.context.stop.runs_out(self._seconds_to_leave())
             or self.checkpoints.has_failed  # every rank hears why when the next save begins
         )
-        word = agree(loss, computed_s, stop, self.context.world)
+        spent = self.context.budget.spent() if self.context.budget else None
+        word = agree(loss, computed_s, stop, spent is not None, self.context.world)
+        if word.is_spent:
+            self.spent = spent or "the energy budget is spent, as rank 0 says"
         self.loss = word.loss if math.isfinite(word.loss) else None
         self.times.add(word.seconds)
         self.all_times.add(word.seconds)
-        return word.stop, self.guard.objection(word)
+        return word.stop or word.is_spent, self.guard.objection(word)
 
     def _seconds_to_leave(self) -> float:
         """What another step and a checkpoint may take; a first checkpoint is guessed."""

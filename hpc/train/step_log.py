@@ -6,8 +6,8 @@ from typing import Any
 from hpc.config import TrainingBase
 from hpc.energy.meter import EnergyMeter
 from hpc.plan.flops import model_flops_utilization
+from hpc.run.directory import append_jsonl
 from hpc.run.task import Context
-from hpc.tracking.metrics import Metrics
 
 
 class StepLog:
@@ -18,7 +18,6 @@ class StepLog:
     ) -> None:
         self._context, self._settings, self._flops_per_token = context, settings, flops_per_token
         self._is_accelerator = is_accelerator
-        self._metrics = Metrics(context.directory.metrics, context.mirror) if context.world.is_first else None
         self._meter = EnergyMeter(context.directory.root, context.attempt)
 
     def row(self, done: int, figures: dict[str, Any], recent_s: list[float], text: str, loss: float | None) -> None:
@@ -26,13 +25,14 @@ class StepLog:
 
         Raises Fenced when a newer attempt has taken over.
         """
-        if self._metrics is None:
+        if not self._context.world.is_first:
             return
         self._context.check_fence()
         tokens, steps = self._settings.batches.tokens_per_step, self._settings.steps
         speed = tokens * len(recent_s) / sum(recent_s) if recent_s else None
         energy = self._meter.read()
-        self._metrics.log(
+        append_jsonl(
+            self._context.directory.metrics,
             {
                 "step": done,
                 "tokens": done * tokens,
@@ -42,8 +42,9 @@ class StepLog:
                 "tokens_per_s": speed,
                 **self._efficiency(speed),
                 "node_power_w": energy.power_w_by_host,
+                "node_energy_j": energy.energy_j_by_host,
                 "energy_j": energy.energy_j,
-            }
+            },
         )
         left = (steps - done) * sum(recent_s) / len(recent_s) if recent_s else None
         self._context.progress(text, done=done, total=steps, loss=loss, tokens_per_s=speed, seconds_left=left)

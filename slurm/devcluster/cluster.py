@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -13,6 +14,7 @@ from typing import Any
 
 from hpc.errors import SiteError
 from slurm.devcluster.files import Layout, write_files, write_wrappers
+from slurm.devcluster.power import folder
 from slurm.devcluster.processes import (
     SYSTEM_PATH,
     is_alive,
@@ -54,6 +56,10 @@ class Cluster:
             require(("ip", "unshare", "nsenter"), PACKAGES)
             if os.getuid():
                 raise SiteError("mode netns needs root: take --mode multi")
+        if layout.power_w and layout.mode != "netns":
+            raise SiteError("--power needs nodes with files of their own: take --mode netns, as root")
+        if layout.power_w and len(layout.power_w) != layout.nodes:
+            raise SiteError(f"--power states {len(layout.power_w)} nodes, --nodes {layout.nodes}: state one for each")
         if layout.accounting:
             require(("slurmdbd", "mariadbd", "mariadb-install-db"), DATABASE_PACKAGES)
         if (layout.path / "cluster.json").exists():
@@ -80,7 +86,7 @@ class Cluster:
         for name in self.layout.names:
             with suppress(SiteError):
                 self.kill_node(name)
-        for name in ("slurmctld", "slurmdbd", "mariadbd", "munged", "ctl"):
+        for name in ("slurmctld", "slurmdbd", "mariadbd", "munged", "power", "ctl"):
             pid = self.pids.pop(name, None)
             if pid is not None:
                 kill(tree(pid), signal.SIGKILL)
@@ -116,6 +122,8 @@ class Cluster:
             fresh = [] if (self.layout.path / "state" / "clustername").exists() else ["-i"]
             self._daemon("slurmctld", "slurmctld", "-D", *fresh)
             self._wait("slurmctld", lambda: self._command("scontrol", "ping").returncode == 0, 60)
+        if self.layout.power_w:
+            self._start_meters()
         with self._timed("nodes"):
             for name in self.layout.names:
                 self._start_node(name)
@@ -130,6 +138,21 @@ class Cluster:
                                  self.layout.controller]  # fmt: skip
         self.pids["ctl"] = start(command, root / "log" / "ctl.out", {})
         self._wait("ctl", (root / "run" / "ctl.ready").exists, 10)
+
+    def _start_meters(self) -> None:
+        """One process feeds the meters of all nodes; it starts before them, so that slurmd finds its own."""
+        root, watts = self.layout.path, zip(self.layout.names, self.layout.power_w, strict=True)
+        code = Path(__file__).resolve().parent.parent.parent
+        command = [
+            sys.executable,
+            "-m",
+            "slurm.devcluster.power",
+            root,
+            *(f"{node}={power:g}" for node, power in watts),
+        ]
+        self.pids["power"] = start(command, root / "log" / "power.out", {"PYTHONPATH": str(code)})
+        last = folder(root, self.layout.names[-1]) / "freshness"
+        self._wait("power", lambda: last.exists() and last.stat().st_size > 0, 10)
 
     def _start_database(self) -> None:
         root, user = self.layout.path, os.environ.get("USER") or "root"
@@ -162,7 +185,7 @@ class Cluster:
         pid = self.pids.pop(name, None)
         if pid is not None:
             if self.layout.mode == "netns":
-                kill(tree(pid))
+                kill(reversed(tree(pid)))  # process 1 first: with it the kernel ends all others, none has a last word
             else:
                 kill(with_environment("GREENMOE_DEVNODE", f"{self.layout.root}:{name}"))
         self._save()

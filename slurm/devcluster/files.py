@@ -35,6 +35,8 @@ class Layout:
     port: int = 16817
     accounting: bool = False
     """Whether slurmdbd and MariaDB run, so that `sacct` answers."""
+    power_w: tuple[float, ...] = ()
+    """Watts that each node draws, fed into pm_counters of its own (netns only); empty: nodes have no meter."""
     slurmd_timeout_s: int = 10
     kill_wait_s: int = 15
     min_job_age_s: int = 300
@@ -153,13 +155,18 @@ def slurm_conf(layout: Layout) -> str:
         f"MinJobAge={layout.min_job_age_s}",
         "CompleteWait=0",
         "JobAcctGatherType=jobacct_gather/linux",
-        "JobAcctGatherFrequency=task=5",
+        f"JobAcctGatherFrequency=task=5{',energy=1' if layout.power_w else ''}",
         "AuthType=auth/munge",
         "CredType=cred/munge",
         f"AuthInfo=socket={socket},cred_expire=5",  # a requeued job is held back this long; the default is 120 s
     ]
     if layout.gpus:
         lines.append("GresTypes=gpu")
+    if layout.power_w:
+        lines += [
+            "AcctGatherEnergyType=acct_gather_energy/pm_counters",
+            "AcctGatherNodeFreq=30",  # with 1 the controller never gets to ping nodes, and a dead one stays up
+        ]
     if layout.accounting:
         lines += [
             "AccountingStorageType=accounting_storage/slurmdbd",
@@ -269,6 +276,14 @@ NODE_INIT = """\
 hostname "$2"
 mount --bind "$1/etc/hosts" /etc/hosts
 mount --bind "$1/etc/nsswitch.conf" /etc/nsswitch.conf
+if [ -d "$1/power/$2" ]; then # /sys again, in memory, with the one directory that a sysfs does not let us make
+  mkdir -p "$1/run/sys-$2"
+  mount --rbind /sys "$1/run/sys-$2"
+  mount -t tmpfs tmpfs /sys
+  for entry in "$1/run/sys-$2"/*; do mkdir "/sys/${entry##*/}" && mount --rbind "$entry" "/sys/${entry##*/}"; done
+  umount -l "$1/run/sys-$2"
+  mkdir -p /sys/cray/pm_counters && mount --bind "$1/power/$2" /sys/cray/pm_counters
+fi
 ip link set lo up
 while ! ip link show eth0 >/dev/null 2>&1; do sleep 0.02; done
 ip addr add "$3/24" dev eth0

@@ -102,3 +102,61 @@ def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
     click.echo(plan.show(found))
     if as_json:
         click.echo(json.dumps(found))
+
+
+@bench.command("wandb")
+@click.option("--rounds", default=16, show_default=True, type=click.IntRange(1), help="Turns of each trainer.")
+@click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of a turn.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="CPU seconds of the trainer on a machine that others use.",
+)
+def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
+    """What W&B costs a step: disabled, offline, online, and online with a server that hangs, in turns. Limit 1.01."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from hpc.bench.wandb import bench as measure
+    from slurm.submit import RANK_ENVIRONMENT
+
+    told = measure(RANK_ENVIRONMENT, rounds, steps, clock, click.echo)
+    if as_json:
+        click.echo(json.dumps(told))
+
+
+@bench.command("claims")
+@click.option("--only", multiple=True, metavar="NAME", help="This claim; several times for several. All by default.")
+@click.option("--quick", is_flag=True, help="Cut real runs to two minutes together: how it works, not what is so.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where real runs stay, to be looked at or gone on with; a temporary one by default.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a page.")
+def bench_claims(only: tuple[str, ...], quick: bool, folder: Path | None, as_json: bool) -> None:
+    """Claims about greener AI: re-run here where that can be done, else recomputed, each with an honest verdict.
+
+    All of them take about 20 minutes on two cores; the ones on paper a second.
+    """
+    import tempfile
+
+    from hpc.bench.claims.claim import Bench
+    from hpc.bench.claims.page import page
+    from hpc.bench.claims.registry import audit, chosen
+    from slurm.site import load_site
+
+    chosen(only)
+    with tempfile.TemporaryDirectory() as temporary:
+        found = audit(
+            only,
+            Bench(
+                machine=lambda name: load_site(name).machine,
+                folder=(folder or Path(temporary)).absolute(),
+                quick=quick,
+                tell=lambda text: click.echo(text, err=True),
+            ),
+        )
+    claims = {"claims": [claim.to_json() for claim in found]}
+    click.echo(json.dumps(claims) if as_json else page(found))

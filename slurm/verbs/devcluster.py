@@ -33,17 +33,31 @@ def _cluster(box: Path | None) -> Any:
 @click.option("--cpus", default=4, show_default=True, help="CPUs that each node claims to have.")
 @click.option("--mode", type=click.Choice(["netns", "multi"]), help="netns as root: nodes with a network of their own.")
 @click.option("--accounting", is_flag=True, help="With slurmdbd and MariaDB, so that sacct answers.")
-def devcluster_up(box: Path | None, nodes: int, cpus: int, mode: Any, accounting: bool) -> None:
+@click.option("--power", metavar="W,W,...", help="Watts of each node, fed into pm_counters of its own (netns).")
+def devcluster_up(
+    box: Path | None, nodes: int, cpus: int, mode: Any, accounting: bool, power: str | None
+) -> None:  # fmt: skip
     """Start it; a cluster that is there is replaced."""
     from slurm.devcluster.cluster import Cluster, default_root
     from slurm.devcluster.files import Layout
 
     chosen: Any = mode or ("netns" if os.getuid() == 0 else "multi")
-    cluster = Cluster.up(Layout(str(box or default_root()), chosen, nodes, cpus, accounting=accounting))
+    watts = _watts(power) if power else ()
+    layout = Layout(str(box or default_root()), chosen, nodes, cpus, accounting=accounting, power_w=watts)
+    cluster = Cluster.up(layout)
     click.echo(
         f"{nodes} nodes are up after {cluster.seconds['total']:.1f} s ({chosen}), files in {cluster.layout.path}"
     )
     click.echo('next: eval "$(python launch.py devcluster env)"')
+
+
+def _watts(text: str) -> tuple[float, ...]:
+    from hpc.errors import ConfigError
+
+    try:
+        return tuple(float(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--power {text}: expected watts such as 100,200,300,400, one for each node") from None
 
 
 @devcluster.command("env")

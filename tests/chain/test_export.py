@@ -19,7 +19,9 @@ def test_milestones_outlive_the_stage_and_are_exported_as_models(
     result = launch("export", run, "pretrain", out)
     assert result.returncode == 0, result.stderr
     assert "pretrain after 50 steps" in result.stdout
-    assert {path.name for path in out.iterdir()} == {path.name for path in (stage / "artifact").iterdir()}
+    there = {path.name for path in (stage / "artifact").iterdir()}
+    assert {path.name for path in out.iterdir()} == there | {"README.md"}
+    assert "# small: pretrain" in (out / "README.md").read_text()
     for name in ("model.safetensors", "config.json", "tokenizer.json", "router_passport.json"):
         assert (out / name).read_bytes() == (stage / "artifact" / name).read_bytes(), name
 
@@ -27,6 +29,7 @@ def test_milestones_outlive_the_stage_and_are_exported_as_models(
     (stage / "checkpoints/step-00000050/state.json").write_text("{}")
     result = launch("export", run, "pretrain", tmp_path / "newest")
     assert "pretrain after 30 steps" in result.stdout, "the newest that verifies"
+    assert "This is a checkpoint after step 30 of 50." in (tmp_path / "newest/README.md").read_text()
     other = (tmp_path / "newest/model.safetensors").read_bytes()
     assert other != (out / "model.safetensors").read_bytes()
 

@@ -109,13 +109,16 @@ def test_energy_of_a_killed_attempt_stays_in_the_ledger(small: Path, launch: Lau
     run = small.parent / "small"
     kill_at_step(small, 12)
     assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
-    from hpc.energy.ledger import stage_energy
+    from hpc.energy.ledger import stage_ledger
 
-    energy = stage_energy(run / "stages/pretrain")
-    assert [part.attempt for part in energy.attempts] == [1, 2]
-    assert all(part.energy_j is not None and part.energy_j > 0 for part in energy.attempts)
+    ledger = stage_ledger(run / "stages/pretrain")
+    assert [part.attempt for part in ledger.nodes] == [1, 2]
+    assert all(part.energy_j is not None and part.energy_j > 0 for part in ledger.nodes)
+    assert {work.attempt for work in ledger.lost} == {1}
+    assert next(work.steps for work in ledger.lost if work.kind == "replayed_steps") >= 2
+    assert ledger.missing == ()
     receipt = json.loads((run / "stages/pretrain/receipt.json").read_text())
-    assert receipt["energy"]["energy_j"] == pytest.approx(sum(part.energy_j or 0 for part in energy.attempts), rel=0.05)
+    assert receipt["energy"]["energy_j"] == pytest.approx(ledger.energy_j, rel=0.05)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_next_run_goes_on_from_it(

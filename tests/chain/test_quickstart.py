@@ -115,6 +115,15 @@ def test_metrics_rows_carry_loss_speed_routing_and_energy(quickstart: Path) -> N
         assert sum(layer) == pytest.approx(1, abs=1e-3)
 
 
+def test_the_report_stage_leaves_a_page_and_a_card_of_every_model(quickstart: Path) -> None:
+    artifact = quickstart / "stages/report/artifact"
+    assert (quickstart / "report.html").read_bytes() == (artifact / "report.html").read_bytes()
+    cards = {path.parent.name for path in artifact.glob("cards/*/README.md")}
+    assert cards == {"pretrain", "lora-modern", "lora-python", "merge-modern", "merge-python", "quantize"}
+    assert "10 of 10 stages are done" in (quickstart / "report.html").read_text()
+    assert receipt(quickstart, "report")["metrics"]["cards"] == 6
+
+
 def test_a_second_launch_reuses_everything(quickstart: Path, launch: Launch) -> None:
     before = {path: path.stat().st_mtime_ns for path in (quickstart / "stages").glob("*/receipt.json")}
     result = launch("run", *quickstart_command(quickstart.parent))
@@ -174,6 +183,20 @@ def test_wandb_holds_loss_rate_speed_routing_watts_and_joules(quickstart: Path) 
     assert row["router_load/layer_0/expert_0"] == pytest.approx(truth["router_load"][0][0])
     host, watts = next(iter(truth["node_power_w"].items()))
     assert row[f"node_power_w/{host}"] == pytest.approx(watts)
+    assert row[f"node_energy_j/{host}"] == pytest.approx(truth["node_energy_j"][host])
+    assert row["router_entropy/layer_3"] == pytest.approx(truth["router_entropy"][3])
+    assert [item["_step"] for item in history] == list(range(len(logged)))
+
+
+def test_wandb_knows_what_a_stage_was_made_from(quickstart: Path) -> None:
+    def run_of(stage: str) -> Any:
+        return wandb_records(next((quickstart / "stages" / stage / "wandb").glob("offline-run-*")), "run")[0]["run"]
+
+    config = run_of("merge-modern")["config"]["update"]
+    pretrain = config["lineage"]["pretrain"]
+    assert pretrain["wandb_run"] == run_of("pretrain")["run_id"]
+    assert pretrain["digest"] == receipt(quickstart, "merge-modern")["inputs"]["pretrain"]
+    assert config["stage"]["kind"] == "merge"
 
 
 def test_every_stage_has_one_wandb_run_in_the_group_of_the_chain(quickstart: Path) -> None:

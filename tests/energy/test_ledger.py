@@ -12,7 +12,7 @@ import pytest
 
 from hpc.config import Facility, PowerModel
 from hpc.energy.footprint import footprint
-from hpc.energy.ledger import power_series, stage_energy
+from hpc.energy.ledger import power_series, stage_ledger
 from hpc.energy.meter import EnergyMeter, Power, newest_power
 from hpc.energy.sampler import start_sampler, stop_sampler
 
@@ -20,9 +20,14 @@ MODEL = PowerModel(cpu_idle_w_per_core=1, cpu_busy_w_per_core=4, dram_w_per_gib=
 
 
 def rows(attempt: int, joules: list[float], ended: bool = True) -> list[dict[str, object]]:
-    start = {"event": "start", "attempt": attempt, "time": 100.0, "counters": [{"provenance": "measured: a test"}]}
+    start = {
+        "event": "start",
+        "attempt": attempt,
+        "time": 100.0 * attempt,
+        "counters": [{"provenance": "measured: a test"}],
+    }
     samples = [
-        {"event": "sample", "attempt": attempt, "time": 100.0 + second, "energy_j": {"meter": value},
+        {"event": "sample", "attempt": attempt, "time": 100.0 * attempt + second, "energy_j": {"meter": value},
          "power_w": {"meter": 10.0}, "total_energy_j": value, "total_power_w": 10.0}
         for second, value in enumerate(joules)
     ]  # fmt: skip
@@ -38,11 +43,11 @@ def write(path: Path, *groups: list[dict[str, object]], tail: str = "") -> None:
 def test_all_attempts_on_all_nodes_count_also_those_that_died(tmp_path: Path) -> None:
     write(tmp_path / "energy-a.jsonl", rows(1, [0, 10, 20], ended=False), rows(2, [0, 5]))
     write(tmp_path / "energy-b.jsonl", rows(2, [0, 7]), tail='{"event": "sam')
-    energy = stage_energy(tmp_path)
-    assert energy.energy_j == 20 + 5 + 7
-    assert energy.duration_s == 2 + 1 + 1
-    assert energy.provenance == ["measured: a test"]
-    assert [(part.host, part.attempt, part.complete) for part in energy.attempts] == [
+    ledger = stage_ledger(tmp_path)
+    assert ledger.energy_j == 20 + 5 + 7
+    assert ledger.node_s == 2 + 1 + 1
+    assert ledger.provenance == ("measured: a test",)
+    assert [(part.host, part.attempt, part.complete) for part in ledger.nodes] == [
         ("a", 1, False),
         ("a", 2, True),
         ("b", 2, True),
@@ -51,7 +56,7 @@ def test_all_attempts_on_all_nodes_count_also_those_that_died(tmp_path: Path) ->
 
 
 def test_nothing_sampled_is_none_and_not_zero(tmp_path: Path) -> None:
-    assert stage_energy(tmp_path).energy_j is None
+    assert stage_ledger(tmp_path).energy_j is None
     assert newest_power(tmp_path, 1) is None
 
 
@@ -75,11 +80,11 @@ def test_the_sampler_outlives_a_killed_process_and_writes_its_end(tmp_path: Path
     events = [json.loads(line)["event"] for line in path.read_text().splitlines()]
     assert events[0] == "start"
     assert events[-1] == "end"
-    energy = stage_energy(tmp_path)
-    assert energy.energy_j is not None
-    assert energy.energy_j > 0
-    assert energy.attempts[0].complete
-    assert any(source.startswith(("estimated:", "measured:")) for source in energy.provenance)
+    ledger = stage_ledger(tmp_path)
+    assert ledger.energy_j is not None
+    assert ledger.energy_j > 0
+    assert ledger.nodes[0].complete
+    assert any(source.startswith(("estimated:", "measured:")) for source in ledger.provenance)
 
 
 def test_the_sampler_leaves_the_process_group_of_its_stage(tmp_path: Path) -> None:

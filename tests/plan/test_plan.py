@@ -109,7 +109,7 @@ def test_every_figure_of_a_plan_says_how_it_was_come_by(quickstart: RunConfig) -
     made = plan(quickstart, load_site("local").machine)
     for stage in made.stages:
         for quantity in (stage.memory_per_rank, stage.flops, stage.time, stage.energy):
-            assert quantity.how.startswith(("derived:", "estimated:", "unknown:"))
+            assert quantity.how.startswith(("measured:", "derived:", "estimated:", "unknown:"))
             assert (quantity.value is None) == quantity.how.startswith("unknown:")
 
 
@@ -123,8 +123,9 @@ def test_expert_parallelism_and_zero_lower_the_memory_of_a_rank(quickstart: RunC
     machine = load_site("local").machine
 
     def memory(*overrides: str) -> float:
+        accumulate = "stages.pretrain.train.batches.tokens_per_step=4096"
         config = load_config(
-            root / "configs/quickstart.yaml", [f"stages.pretrain.train.parallel.{o}" for o in overrides]
+            root / "configs/quickstart.yaml", [accumulate, *(f"stages.pretrain.train.parallel.{o}" for o in overrides)]
         )
         value = next(s for s in plan(config, machine).stages if s.name == "pretrain").memory_per_rank.value
         assert value is not None

@@ -8,8 +8,9 @@ import pytest
 from rich.console import Console
 
 from hpc.energy.meter import Power
-from hpc.run.directory import StageDirectory
+from hpc.run.directory import RunDirectory, StageDirectory
 from slurm.live import View, describe
+from slurm.status import ChainStatus, StageStatus, show
 
 PROGRESS = {"attempt": 1, "text": "training", "done": 100, "total": 400, "loss": 5.1234, "tokens_per_s": 3600.4,
             "seconds_left": 130.0}  # fmt: skip
@@ -50,3 +51,11 @@ def test_a_terminal_shows_every_stage_with_a_bar_for_the_running_one(tmp_path: P
     assert "done" in shown
     assert "loss 5.123" in shown
     assert "━" in shown
+
+
+def test_the_words_of_a_library_are_no_markup(tmp_path: Path) -> None:
+    stage = StageStatus("pretrain", "pretrain", (), "failed", "rank 0: [/a/pair.cc:537] reset", "7", 1, None, False)
+    page = io.StringIO()
+    show(ChainStatus(RunDirectory(tmp_path), "run", (stage,), ("see [/b]",)), Console(file=page, width=160))
+    assert "[/a/pair.cc:537] reset" in page.getvalue()
+    assert "see [/b]" in page.getvalue()

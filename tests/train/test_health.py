@@ -139,7 +139,7 @@ def test_rehearsal_and_search_for_corruption_change_no_bit(folder: Path) -> None
         assert len(curves[0]) == 6, layout
         assert curves[0] == curves[1], layout
         assert plain["weights"] == watched["weights"], layout
-        assert plain["health"]["peak_memory_bytes"] is None
+        assert plain["health"]["peak_memory_bytes"] > 1e8
         assert watched["health"]["peak_memory_bytes"] > 1e8
 
 

@@ -1,0 +1,63 @@
+"""What is known about a model that exists, from its config.json: shape, parameters, context."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from hpc.config import Model, Reuse, Router, RunConfig
+from hpc.errors import DataError
+from hpc.plan.params import Parameters, count
+from hpc.reuse.fetch import SOURCES, locate
+from hpc.reuse.shape import read_config, sparse_config
+
+SPARSE = {"mixtral": "mixtral", "olmoe": "olmoe", "qwen3_moe": "qwen3_moe", "deepseek_v3": "deepseek_v3"}
+DENSE = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "mixtral", "qwen3": "qwen3_moe", "qwen2_moe": "mixtral"}
+"""transformers model type -> the architecture whose attention and norms have as many parameters, biases apart."""
+
+
+def reused_config(config: RunConfig, stage: Reuse, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
+    """config.json of what a reuse stage makes; None where it is not here yet, or cannot be read without loading it.
+
+    earlier: config.json of the stage that it needs, where it needs one.
+    """
+    done = Path(config.run_root) / config.name / "stages" / stage.name / "artifact"
+    try:
+        if (done / "config.json").is_file():
+            return read_config(done)
+        if stage.init is not None:
+            folder = locate(stage.init, Path(config.run_root).absolute() / SOURCES)
+            earlier = read_config(folder) if folder is not None and folder.is_dir() else None
+        if earlier is None:
+            return None
+        return sparse_config(earlier, stage.upcycle) if stage.upcycle else earlier
+    except DataError:
+        return None  # the stage will say what is wrong
+
+
+def shape_of(config: dict[str, Any]) -> tuple[Model, Router, Parameters, int, int] | None:
+    """Shape, router, parameters, vocabulary and context of a config.json; None for an architecture without formulas."""
+    kind = str(config.get("model_type"))
+    if kind not in SPARSE and kind not in DENSE:
+        return None
+    num_experts = int(
+        next((config[k] for k in ("num_local_experts", "num_experts", "n_routed_experts") if config.get(k)), 1)
+    )
+    size = int(config.get("moe_intermediate_size") or config["intermediate_size"])
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    if kind == "deepseek_v3" or int(config.get("head_dim") or hidden // heads) * heads != hidden:
+        return None  # widths that our Model does not describe
+    shape = Model.model_validate(
+        {"architecture": SPARSE.get(kind) or DENSE[kind], "hidden_size": hidden, "expert_size": size,
+         "num_layers": config["num_hidden_layers"], "num_attention_heads": heads,
+         "num_key_value_heads": config.get("num_key_value_heads") or heads}
+    )  # fmt: skip
+    router = Router(num_experts=num_experts, top_k=int(config.get("num_experts_per_tok") or 1))
+    vocabulary = int(config["vocab_size"])
+    parameters = count(shape, router, vocabulary)
+    if num_experts == 1:
+        parameters = replace(parameters, router=0)
+    if shared := int(config.get("shared_expert_intermediate_size") or 0):
+        parameters = replace(parameters, always=shape.num_layers * 3 * hidden * shared)
+    if config.get("tie_word_embeddings"):
+        parameters = replace(parameters, embedding=0)
+    return shape, router, parameters, vocabulary, int(config.get("max_position_embeddings") or 0)
