@@ -15,7 +15,6 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-
 from hpc.config import RunConfig
 from hpc.energy.budget import Budget
 from hpc.energy.ledger import stage_ledger
