@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
 CLOCK = click.option(
     "--clock",
