@@ -15,8 +15,6 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-import psutil
-
 from hpc.config import RunConfig
 from hpc.energy.budget import Budget
 from hpc.energy.ledger import stage_ledger
@@ -110,7 +108,7 @@ class StageTask:
             note_lost_nodes(directory)
             attempt = record_start(
                 directory, job, world.size, address, free_port(address),
-                born=psutil.Process().create_time(), over_budget=spent_before(directory, task),
+                born=process_start(), over_budget=spent_before(directory, task),
             )  # fmt: skip
             shun_failing_nodes(directory, job)
         else:
@@ -232,6 +230,14 @@ def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
     shunned = sorted({*failing_nodes(chain)} & {*job.nodes})
     if shunned and commands.requeue(job.job, shunned) is None:
         raise Stopped(f"given back: {', '.join(shunned)} failed twice under this chain")
+
+
+def process_start() -> float:
+    """When this process began, seconds since the epoch: to a clock tick. (psutil goes by the time of boot that Linux
+    tells in whole seconds; an attempt could begin before the last step of the one before.)"""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s
 
 
 def start_mirror(context: Context) -> Mirror:

@@ -7,6 +7,15 @@ from typing import Any
 
 import click
 
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+CLOCK = click.option(
+    "--clock",
+    type=click.Choice(["wall", "cpu"]),
+    default="wall",
+    show_default=True,
+    help="CPU seconds on a machine that others use.",
+)
+
 
 @click.group()
 def bench() -> None:
@@ -40,7 +49,7 @@ def bench_data(seconds: float, as_json: bool) -> None:
     type=click.Path(path_type=Path, exists=True, file_okay=False),
     help="Where checkpoints are written: the file system to measure; a temporary one by default.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@JSON
 def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
     """How long training stands still for a checkpoint: in the background against synchronously. Takes a minute."""
     from hpc.bench.checkpoint import measure, show
@@ -54,14 +63,8 @@ def bench_checkpoint(rounds: int, folder: Path | None, as_json: bool) -> None:
 @bench.command("train")
 @click.option("--ranks", default=1, show_default=True, help="Processes of each side, one thread each.")
 @click.option("--quick", is_flag=True, help="Half the tokens, 8 and 32 experts only.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="CPU seconds on a machine that others use.",
-)
+@JSON
+@CLOCK
 def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
     """Our engine against other trainers in turns, and our expert layer against the dense-GEMM limit."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,7 +78,7 @@ def bench_train(ranks: int, quick: bool, as_json: bool, clock: Any) -> None:
 
 @bench.command("energy")
 @click.option("--seconds", default=20.0, show_default=True, type=click.FloatRange(3), help="How long to watch.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@JSON
 def bench_energy(seconds: float, as_json: bool) -> None:
     """CPU time and memory of the energy sampler itself, against its limit of 0.1 % of a core."""
     from hpc.bench.energy import measure, show
@@ -89,7 +92,7 @@ def bench_energy(seconds: float, as_json: bool) -> None:
 @bench.command("plan")
 @click.option("--rows", type=click.Path(path_type=Path), help="CSV with runs of others; the published ones by default.")
 @click.option("--fit", is_flag=True, help="Fit the constants again to the published rows first; takes minutes.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
+@JSON
 def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
     """Step time that the plan predicts against published runs on GPUs, with the median error."""
     from hpc.bench import plan
@@ -107,14 +110,8 @@ def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
 @bench.command("wandb")
 @click.option("--rounds", default=16, show_default=True, type=click.IntRange(1), help="Turns of each trainer.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of a turn.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object as the last line.")
-@click.option(
-    "--clock",
-    type=click.Choice(["wall", "cpu"]),
-    default="wall",
-    show_default=True,
-    help="CPU seconds of the trainer on a machine that others use.",
-)
+@JSON
+@CLOCK
 def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
     """What W&B costs a step: disabled, offline, online, and online with a server that hangs, in turns. Limit 1.01."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
