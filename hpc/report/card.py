@@ -101,6 +101,13 @@ def front_matter(run: RunFacts, stage: StageFacts, step: int | None) -> dict[str
     return facts
 
 
+TRAINING_TYPES = (
+    ("pretrain", "pre-training"), ("relora", "pre-training by low-rank updates"), ("finetune", "full fine-tuning"),
+    ("lora", "fine-tuning"),
+)  # fmt: skip
+"""Kind of stage -> what a card calls it."""
+
+
 def tags(run: RunFacts, stage: StageFacts) -> list[str]:
     """What the model can be found by."""
     architecture = shape(run, stage).get("architecture")
@@ -158,7 +165,7 @@ def emissions(run: RunFacts, stage: StageFacts) -> dict[str, Any] | None:
     whole = all("pue" in facility.stated() for facility in facilities)
     reach = "nodes, cooling and losses" if whole else "nodes alone"
     kinds = {one.kind for one in only.stages}
-    trained = [word for kind, word in (("pretrain", "pre-training"), ("lora", "fine-tuning")) if kind in kinds]
+    trained = [word for kind, word in TRAINING_TYPES if kind in kinds]
     places = {facility.location for facility in facilities if facility.location}
     inherited = "; without what was inherited from other runs" if run.ledger and run.ledger.inherited else ""
     drawn = "estimated" if only.is_estimated else "measured"

@@ -8,7 +8,7 @@ from typing import Any
 
 from hpc.errors import ConfigError
 from hpc.report import account, energy_figures, figures, words
-from hpc.report.facts import RunFacts
+from hpc.report.facts import TRAINED, RunFacts
 from hpc.report.figures import Figure
 from hpc.report.page import embed, environment, plotly_script, publish
 from hpc.report.series import POINTS
@@ -130,7 +130,7 @@ def quality(runs: Sequence[RunFacts]) -> list[Row]:
                 for token_set, told in row.items():
                     cells = found.setdefault((model, token_set), [None] * len(runs))
                     cells[number] = told["perplexity"]
-    trained = [next((s for s in run.of_kind("pretrain") if s.metrics), None) for run in runs]
+    trained = [next((s for s in run.of_kind(*TRAINED) if s.metrics), None) for run in runs]
 
     def figure(key: str) -> tuple[list[float | None], list[str]]:
         """A metric of each run's pretraining, and where it comes from."""
@@ -157,7 +157,7 @@ def cost(runs: Sequence[RunFacts]) -> list[Row]:
     derived = [f"derived: from the ledger; {source}" for source in sources]
     ledgers = [run.ledger for run in runs]
     walls = [words.wall_s(run) for run in runs]
-    trained = [next((s for s in run.of_kind("pretrain") if s.metrics), None) for run in runs]
+    trained = [next((s for s in run.of_kind(*TRAINED) if s.metrics), None) for run in runs]
     per_token = [
         stage.energy_j / stage.metrics["tokens"]
         if stage and stage.energy_j is not None and stage.metrics.get("tokens") else None for stage in trained
@@ -199,7 +199,7 @@ def draw(labels: Sequence[str], runs: Sequence[RunFacts]) -> dict[str, Figure | 
     """Loss of all runs over each other, against tokens and against energy; energy useful and lost."""
     curves: dict[str, Sequence[Mapping[str, Any]]] = {}
     for label, run in zip(labels, runs, strict=True):
-        trained = [stage for stage in run.of_kind("pretrain") if stage.history]
+        trained = [stage for stage in run.of_kind(*TRAINED) if stage.history]
         for stage in trained:
             curves[label if len(trained) == 1 else f"{label} {stage.name}"] = stage.history
     drawn = {

@@ -13,6 +13,8 @@ State = Literal["done", "running", "silent", "stopped", "failed", "damaged", "no
 KINDS_OF_PROVENANCE = ("measured", "derived", "estimated")
 MODELS = ("model", "quantized", "adapter")
 """Artifacts that hold weights."""
+TRAINED = ("pretrain", "finetune", "relora")
+"""Kinds of stages that train a whole model."""
 
 
 @dataclass(frozen=True)

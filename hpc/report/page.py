@@ -18,7 +18,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from hpc.report import account, chain, energy_figures, figures, words
-from hpc.report.facts import RunFacts, StageFacts
+from hpc.report.facts import TRAINED, RunFacts, StageFacts
 from hpc.report.figures import Figure
 from hpc.report.series import POINTS
 from hpc.run.directory import storage_errors
@@ -103,7 +103,7 @@ def chain_labels(run: RunFacts) -> dict[str, str]:
 
 def draw(run: RunFacts) -> dict[str, Figure | None]:
     """All figures; None for one that has no data."""
-    trained = [stage for stage in run.of_kind("pretrain") if stage.history]
+    trained = [stage for stage in run.of_kind(*TRAINED) if stage.history]
     curves = {stage.name: stage.history for stage in trained}
     adapters = {stage.name: stage.history for stage in run.of_kind("lora") if stage.history}
     unigram = next((stage.metrics.get("unigram_loss") for stage in run.of_kind("prepare")), None)

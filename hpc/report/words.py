@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from hpc.plan.show import duration, energy
 from hpc.report.account import emissions_kg, notes
-from hpc.report.facts import RunFacts, StageFacts, provenance_kind
+from hpc.report.facts import TRAINED, RunFacts, StageFacts, provenance_kind
 
 DASH = "–"
 NOTES = 20
@@ -108,7 +108,7 @@ def warnings(run: RunFacts) -> list[tuple[str, list[str]]]:
 def headline(run: RunFacts) -> str:
     """One sentence about what came out and what it cost."""
     words = []
-    trained = next((s for s in run.of_kind("pretrain") if s.metrics.get("heldout_perplexity") is not None), None)
+    trained = next((s for s in run.of_kind(*TRAINED) if s.metrics.get("heldout_perplexity") is not None), None)
     if trained:
         words.append(f"held-out perplexity {trained.metrics['heldout_perplexity']:.1f}")
         unigram = next((s.metrics.get("unigram_perplexity") for s in run.of_kind("prepare")), None)
@@ -161,7 +161,7 @@ def cards(run: RunFacts) -> list[dict[str, Any]]:
     def add(label: str, value: str, provenance: str | None) -> None:
         found.append({"label": label, "value": value, "provenance": provenance})
 
-    trained = next((stage for stage in run.of_kind("pretrain") if stage.metrics), None)
+    trained = next((stage for stage in run.of_kind(*TRAINED) if stage.metrics), None)
     if trained:
         add("held-out perplexity", show(trained.metrics.get("heldout_perplexity"), "{:.1f}"),
             trained.provenance.get("heldout_perplexity"))  # fmt: skip

@@ -9,12 +9,15 @@ import torch
 
 from hpc.config import Reuse
 from hpc.data.tokenizer import FILES
+from hpc.energy.lineage import record_origin
 from hpc.errors import ArtifactError, DataError
 from hpc.model.build import empty_model, load_config, load_model, tensor_group
 from hpc.reuse.fetch import cache_folder, commit_of, locate
 from hpc.reuse.gguf import convert
 from hpc.reuse.stored import StoredModel, logical_parameters, weight_files
 from hpc.reuse.upcycle import upcycle
+from hpc.run.directory import StageDirectory
+from hpc.run.receipt import read_receipt, verify
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files
 
@@ -29,6 +32,7 @@ def run(context: Context) -> Result:
     stage = context.task.stage
     assert isinstance(stage, Reuse)
     source = _source(context, stage)
+    _note_origin(context, source)
     artifact = context.directory.artifact
     staging, scratch = artifact.with_name(".artifact"), artifact.with_name(".scratch")
     for folder in (staging, scratch):
@@ -83,6 +87,17 @@ def _source(context: Context, stage: Reuse) -> Path:
             "network"
         )
     return path
+
+
+def _note_origin(context: Context, source: Path) -> None:
+    """The artifact of another run has its receipt beside it: it is verified, and its energy inherited."""
+    base = StageDirectory(source.parent)
+    if context.task.stage.needs or source.name != base.artifact.name or not base.receipt.exists():
+        return
+    receipt = read_receipt(base)
+    assert receipt is not None
+    verify(base, receipt)
+    record_origin(context.directory, base.root, context.task.run)
 
 
 def _take(source: Path, folder: Path) -> None:
