@@ -58,9 +58,10 @@ def measure_steps(
     device: str = "auto",
     steps: int = 3,
     *,
+    warm_up: int = WARM_UP,
     count_tensors: bool = False,
 ) -> MeasuredSteps:
-    """Train `steps` + 2 steps on as many processes of this machine as the stage has ranks. Raises StageError.
+    """Train `warm_up` + `steps` steps on as many processes of this machine as the stage has ranks. Raises StageError.
 
     count_tensors: with torch's profiler, which takes time and memory itself.
     """
@@ -73,7 +74,7 @@ def measure_steps(
             "adapters": isinstance(settings, AdapterTraining), "settings": settings.model_dump(mode="json"),
             "model": model.model_dump(mode="json"), "router": router.model_dump(mode="json"),
             "vocab_size": vocab_size, "device": device, "steps": steps,
-            "count_tensors": count_tensors,
+            "warm_up": warm_up, "count_tensors": count_tensors,
         }  # fmt: skip
         (Path(folder) / "case.json").write_text(json.dumps(case), encoding="utf-8")
         processes = [
@@ -186,7 +187,7 @@ def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) ->
     mark()
     seconds: list[float] = []
     cpu_s = 0.0
-    for _ in range(WARM_UP + case["steps"]):
+    for _ in range(case["warm_up"] + case["steps"]):
         began, began_cpu = time.perf_counter(), time.process_time()
         for _ in range(settings.gradient_accumulation_steps):
             one_pass()
@@ -196,7 +197,7 @@ def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) ->
         seconds.append(time.perf_counter() - began)
         cpu_s += time.process_time() - began_cpu
         mark()
-        if settings.checkpoint_async and len(seconds) == WARM_UP and not case["count_tensors"]:
+        if settings.checkpoint_async and len(seconds) == case["warm_up"] and not case["count_tensors"]:
             copy = threading.Thread(target=engine.snapshot(to_host=True))
             copy.start()
             copy.join()
@@ -206,7 +207,7 @@ def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) ->
         counter.stop()
         tensors = _most(counter, marks)
     return {
-        "step_s": seconds[WARM_UP:], "cpu_share": cpu_s / sum(seconds), "peak": engine.peak_memory_bytes,
+        "step_s": seconds[case["warm_up"] :], "cpu_share": cpu_s / sum(seconds), "peak": engine.peak_memory_bytes,
         "start": started, "tensors": tensors,
     }  # fmt: skip
 

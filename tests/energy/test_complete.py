@@ -14,11 +14,11 @@ from tests.energy.life import Life
 FOUR = {"n1": 8, "n2": 16, "n3": 24, "n4": 32}
 
 
-def one_attempt(folder: Path, tail_s: float, **how: object) -> Life:
+def one_attempt(folder: Path, tail_s: float, *, silent: str | None = None, has_end: bool = True) -> Life:
     life = Life(folder / "stages/pretrain", FOUR)
     life.begin(1.0, 1.0)
     life.do_step(6.0)
-    life.end(tail_s, "failed", **how)  # type: ignore[arg-type]
+    life.end(tail_s, "failed", silent=silent, has_end=has_end)
     return life
 
 

@@ -21,7 +21,7 @@ from hpc.bench.fake_node import cray, rapl
 from hpc.energy.counters import amd_smi, discover
 from hpc.energy.counters.base import MAX_PLAUSIBLE_W, Counter, Part
 from hpc.energy.counters.cover import ORDER, cover, overlap
-from tests.energy.test_counters import AmdModule, NvmlModule
+from tests.energy.test_gpu_counters import AmdModule, NvmlModule
 
 
 class Event(NamedTuple):
@@ -109,7 +109,7 @@ class Nvml(Source):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.library = NvmlModule("NVIDIA H100")
-        sys.modules["pynvml"] = self.library  # type: ignore[assignment]
+        sys.modules["pynvml"] = self.library
 
     def show(self, joules: int) -> None:
         self.library.lacking = ()
@@ -124,7 +124,7 @@ class Amd(Source):
         super().__init__(root)
         (root / amd_smi.DRIVER).mkdir(parents=True)
         self.library = AmdModule(("AMD Instinct MI300X", 10**9))
-        sys.modules["amdsmi"] = self.library  # type: ignore[assignment]
+        sys.modules["amdsmi"] = self.library
 
     def show(self, joules: int) -> None:
         # 0 is no value, so this counter begins with one unit

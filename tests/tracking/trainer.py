@@ -57,7 +57,8 @@ def make_receipt(root: Path, inputs: dict[str, str]) -> Receipt:
 
 def main() -> None:
     """An attempt."""
-    root, first, last, then, mode, patience = Path(sys.argv[1]), *sys.argv[2:]
+    root, first, last, mode, patience = Path(sys.argv[1]), *sys.argv[2:4], *sys.argv[5:]
+    then: Any = sys.argv[4]
     mirror.FINISH_ONLINE_S = float(patience)
     number = begin(root)
     sight = mirror.Mirror.start(ticket(root, mode), root, number)
@@ -66,8 +67,8 @@ def main() -> None:
         time.sleep(0.1)
     if then == "done":
         make_receipt(root, {})
-    sight.finish(then)  # type: ignore[arg-type]
-    record_end(StageDirectory(root), number, 0, then)  # type: ignore[arg-type]
+    sight.finish(then)
+    record_end(StageDirectory(root), number, 0, then)
 
 
 if __name__ == "__main__":
