@@ -7,13 +7,17 @@ process. Embedding, head, norms and router keep their precision.
 What a library writes is not believed: `check` reads the artifact back and compares it with its source.
 """
 
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hpc.errors import ArtifactError
@@ -42,14 +46,55 @@ def quantize(source: Path, folder: Path, bits: int, group_size: int, scratch: Pa
         str(source), bits=bits, group_size=group_size, sym=True, iters=0, disable_opt_rtn=True, device_map="cpu",
         scheme=f"W{bits}A16",
     )  # fmt: skip
-    rounding.quantize_and_save(output_dir=str(scratch), format="llm_compressor")
+    with _mixtral_read():
+        rounding.quantize_and_save(output_dir=str(scratch), format="llm_compressor")
     written = [path.parent for path in scratch.rglob("config.json")]
     if len(written) != 1:
         raise ArtifactError(f"auto-round wrote {len(written)} models into {scratch} where one was expected")
     written[0].rename(folder)
     shutil.rmtree(scratch, ignore_errors=True)
+    _name_as_mixtral(folder)
     for path in folder.iterdir():
         path.chmod(0o644)
+
+
+@contextmanager
+def _mixtral_read() -> Iterator[None]:
+    """Let auto-round find Mixtral's experts while it reads a model layer by layer.
+
+    It renames either the module (`block_sparse_moe`) or the matrix (`w1`), and Mixtral's files rename both.
+    """
+    from auto_round.utils import disk_stream_util as streaming
+
+    known = streaming._renamed_expert_candidates
+
+    def candidates(index: Any, name: str) -> Iterator[str]:
+        for candidate in known(index, name):
+            yield candidate
+            yield candidate.replace(".mlp.experts.", ".block_sparse_moe.experts.")
+
+    streaming._renamed_expert_candidates = candidates
+    try:
+        yield
+    finally:
+        streaming._renamed_expert_candidates = known
+
+
+def _name_as_mixtral(folder: Path) -> None:
+    """Give Mixtral's quantized experts the names transformers and vLLM read; auto-round's loader does not find them."""
+    matrices = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+    pattern = re.compile(r"(?<=\.block_sparse_moe\.experts\.)(\d+)\.(gate_proj|down_proj|up_proj)(?=\.)")
+
+    def renamed(name: str) -> str:
+        return pattern.sub(lambda found: f"{found[1]}.{matrices[found[2]]}", name)
+
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        if any(renamed(name) != name for name in tensors):
+            save_file({renamed(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        index.write_text(renamed(index.read_text()))
 
 
 def load_any_model(folder: Path) -> PreTrainedModel:
