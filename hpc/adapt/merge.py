@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hpc.errors import ArtifactError
+from hpc.model.exactness import Difference, difference, exact_logits
 
 
 @dataclass(frozen=True)
@@ -23,8 +24,8 @@ class Merged:
     """A base with adapters folded in."""
 
     model: PreTrainedModel
-    difference: float | None
-    """Largest difference of logits from base + adapters; None where combining is no sum."""
+    difference: Difference | None
+    """Of the logits from those of base + adapters; None where combining is no sum."""
     changed: dict[str, tuple[int, int]]
     """Matrices that changed, and adapted ones, of experts (each by itself) and of the rest."""
 
@@ -63,10 +64,8 @@ def merge(
             done, all_of = changed[group]
             changed[group] = (done + int(parts.sum()), all_of + len(parts))
         model: PreTrainedModel = adapted.unload()
-        difference = None
-        if expected is not None:
-            difference = float((model.eval()(input_ids=probe).logits - expected).abs().max())
-    return Merged(model, difference, changed)
+    distance = None if expected is None else difference(expected, exact_logits(model, probe))
+    return Merged(model, distance, changed)
 
 
 def _logits_with_all(adapted: Any, names: list[str], weights: list[float], probe: Tensor) -> Tensor:
@@ -76,8 +75,7 @@ def _logits_with_all(adapted: Any, names: list[str], weights: list[float], probe
         for name, weight in zip(names, weights, strict=True):
             layer.scaling[name] *= weight
     adapted.base_model.set_adapter(names)
-    with torch.no_grad():
-        logits: Tensor = adapted(input_ids=probe).logits.clone()
+    logits = exact_logits(adapted, probe)
     for layer in layers:
         for name, weight in zip(names, weights, strict=True):
             layer.scaling[name] /= weight

@@ -14,7 +14,10 @@ from hpc.stages.training import training_result
 from hpc.train.loop import Job, on_first_rank, train
 
 BASE_FILE = "base.json"
-"""Says which model an adapter belongs to; `merge` refuses another one."""
+"""Says which model an adapter belongs to, `merge` refuses another one; and some held-out ids to try a merge on."""
+
+PROBE_IDS = 64
+"""Held-out ids of each text that go along."""
 
 
 def run(context: Context) -> Result:
@@ -51,7 +54,11 @@ def run(context: Context) -> Result:
         staging = context.directory.artifact.with_name(".artifact")
         shutil.rmtree(staging, ignore_errors=True)
         save_adapter(state, settings, staging, has_experts=job.top_k > 0)
-        write_json(staging / BASE_FILE, {"stage": name, "digest": context.input_receipt(name).digest})
+        ids = [store.tokens[:PROBE_IDS].tolist() for store in held_out_tokens]
+        write_json(
+            staging / BASE_FILE,
+            {"stage": name, "digest": context.input_receipt(name).digest, "held_out_ids": ids},
+        )
         staging.rename(context.directory.artifact)
 
     on_first_rank(context.world.is_first, write)

@@ -12,6 +12,7 @@ from hpc.data.tokenizer import FILES
 from hpc.energy.lineage import record_origin
 from hpc.errors import ArtifactError, DataError
 from hpc.model.build import empty_model, load_config, load_model, tensor_group
+from hpc.model.exactness import Difference, difference, exact_logits
 from hpc.reuse.fetch import cache_folder, commit_of, locate
 from hpc.reuse.gguf import convert
 from hpc.reuse.stored import StoredModel, logical_parameters, weight_files
@@ -23,8 +24,6 @@ from hpc.stages.common import copy_tokenizer_files
 
 PROBE_LIMIT_BYTES = 2**31
 """Models above this are not loaded whole to compare logits; the census of tensors is always made."""
-TOLERANCE = 1e-4
-"""Largest accepted difference of logits between a dense model and what was made of it without noise, fp32."""
 
 
 def run(context: Context) -> Result:
@@ -44,15 +43,15 @@ def run(context: Context) -> Result:
         folder = scratch
     else:
         folder = source
-    difference: float | None = None
+    distance: Difference | None = None
     if stage.upcycle:
         context.progress("upcycling")
         dense = StoredModel(folder)
         upcycle(dense, stage.upcycle, staging, context.task.seed)
         copy_tokenizer_files(folder, staging)
-        difference = _difference(folder, staging, context.task.seed)
-        if difference is not None and not stage.upcycle.noise and not difference <= TOLERANCE:
-            raise ArtifactError(f"dense and upcycled logits differ by {difference:.2e}, accepted is {TOLERANCE:.0e}")
+        distance = _difference(folder, staging, context.task.seed)
+        if distance and not stage.upcycle.noise and not distance.accepted:
+            raise ArtifactError(f"logits of the dense and the upcycled model differ by {distance}")
     else:
         _take(folder, staging)
     context.progress("checking every tensor")
@@ -63,14 +62,14 @@ def run(context: Context) -> Result:
         "total_params": sum(group["parameters"] for group in census.values()),
         "source": stage.init.source if stage.init else stage.needs[0],
         "commit": commit_of(source),
-        "max_abs_logit_difference": difference,
+        "max_abs_logit_difference": distance and distance.absolute,
     }
     provenance = {
         "total_params": "measured: counted over the tensors",
         "source": "derived: from the configuration",
         "commit": "derived: of the Hub's snapshot",
-        "max_abs_logit_difference": "measured: upcycled against dense on 128 random ids, fp32"
-        if difference is not None
+        "max_abs_logit_difference": f"measured: upcycled against dense, 128 random ids, {distance.precision}"
+        if distance
         else "not measured: nothing to compare, or too large to load twice",
     }
     return Result(metrics, provenance, census, ("torch", "transformers", "safetensors"))
@@ -133,11 +132,10 @@ def _census(folder: Path) -> dict[str, Any]:
     return groups
 
 
-def _difference(dense: Path, sparse: Path, seed: int) -> float | None:
-    """Largest difference of logits on random ids, fp32; None for models too large to load."""
+def _difference(dense: Path, sparse: Path, seed: int) -> Difference | None:
+    """Of the logits on random ids; None for models too large to load."""
     if sum(path.stat().st_size for path in weight_files(sparse)) > PROBE_LIMIT_BYTES:
         return None
-    first, second = load_model(dense).eval(), load_model(sparse).eval()
+    first, second = load_model(dense), load_model(sparse)
     ids = torch.randint(first.config.vocab_size, (2, 64), generator=torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        return float((first(input_ids=ids).logits - second(input_ids=ids).logits).abs().max())
+    return difference(exact_logits(first, ids), exact_logits(second, ids))

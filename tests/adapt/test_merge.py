@@ -77,7 +77,8 @@ def test_a_merged_model_is_base_and_adapter_with_every_expert_changed(moe: Path,
     with torch.no_grad():
         assert float((merged.model(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
     assert merged.difference is not None
-    assert merged.difference < 1e-5
+    assert merged.difference.absolute < 1e-5
+    assert merged.difference.precision == "float64"
     assert merged.changed == {"experts": (16, 16), "others": (8, 8)}
 
 
@@ -86,7 +87,8 @@ def test_a_sum_of_adapters_is_the_sum_of_what_they_change(moe: Path, tmp_path: P
         adapter(moe, tmp_path / str(seed), seed)
     merged = merge(load_model(moe).eval(), [(tmp_path / "1", 0.7), (tmp_path / "2", -0.2)], IDS, "linear", 0.5, 0)
     assert merged.difference is not None
-    assert merged.difference < 1e-5
+    assert merged.difference.absolute < 1e-5
+    assert merged.difference.precision == "float64"
     alone = [merge(load_model(moe), [(tmp_path / str(n), 1.0)], IDS, "linear", 0.5, 0).model for n in (1, 2)]
     name = "model.layers.1.mlp.experts.down_proj"
     first, second, both, base = (m.state_dict()[name] for m in (*alone, merged.model, load_model(moe)))
