@@ -73,6 +73,13 @@ def adapted_matrices(model: nn.Module) -> Iterator[Adapted]:
             yield Adapted(f"{name} {part}", bases, adapter.A, adapter.B, adapter)
 
 
+def merge_in_place(model: nn.Module) -> None:
+    """Add every adapter to its matrix, whole parameters at hand."""
+    with torch.no_grad():
+        for matrix in adapted_matrices(model):
+            matrix.merge()
+
+
 def restart(engine: Engine, done: int, seed: int, prune: Prune, ratio: float) -> dict[str, Any]:
     """End a cycle after `done` steps: merge, begin anew, forget. Collective; returns figures for the row of metrics.
 

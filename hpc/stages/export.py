@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
-from hpc.config import Pretrain
+from hpc.adapt.lora import attach, base_name
+from hpc.adapt.relora import merge_in_place
+from hpc.config import Finetune, Pretrain, Relora
 from hpc.errors import ArtifactError, ConfigError
-from hpc.model.build import model_config
+from hpc.model.build import empty_model, load_config, model_config
 from hpc.model.routing import PASSPORT
 from hpc.report.card import CARD, card_of
 from hpc.report.facts import MODELS
@@ -17,12 +19,15 @@ from hpc.stages.common import copy_tokenizer_files, token_facts
 from hpc.train.checkpoint import damage, published, step_of
 from hpc.train.export import export_checkpoint
 
+TRAINING = (Pretrain, Finetune, Relora)
+"""Stages whose checkpoints hold a whole model."""
+
 
 def export_stage(run: RunDirectory, name: str, out: Path, step: int | None) -> str:
     """Write `out` from a stage that makes a model, with a README.md about it; returns what was taken, in words.
 
-    Of a pretraining that is a checkpoint, by default the newest that verifies; once a stage is done and keeps none, and
-    of every other stage, it is the artifact. Nothing in the run directory is changed. Raises ConfigError or
+    Of a training of all weights that is a checkpoint, by default the newest that verifies; once a stage is done and
+    keeps none, and of every other stage, it is the artifact. Nothing in the run directory is changed. Raises ConfigError or
     ArtifactError when there is nothing to export.
     """
     if not run.stage(name).task.exists():
@@ -31,7 +36,7 @@ def export_stage(run: RunDirectory, name: str, out: Path, step: int | None) -> s
     stage = task.stage
     if stage.produces not in MODELS:
         raise ConfigError(f"stage {name!r} is of kind {stage.kind}: only stages that make a model can be exported")
-    if step is not None and not isinstance(stage, Pretrain):
+    if step is not None and not isinstance(stage, TRAINING):
         raise ConfigError(f"--step {step}: stage {name!r} is of kind {stage.kind}, its artifact is all there is of it")
     if out.exists():
         raise ConfigError(f"{out} is there already: name a new folder")
@@ -41,7 +46,7 @@ def export_stage(run: RunDirectory, name: str, out: Path, step: int | None) -> s
         shutil.rmtree(staging, ignore_errors=True)
         checkpoints = published(run.stage(name).checkpoints)
         is_done = run.stage(name).receipt.exists()
-        if isinstance(stage, Pretrain) and (step is not None or checkpoints or not is_done):
+        if isinstance(stage, TRAINING) and (step is not None or checkpoints or not is_done):
             taken: int | None = _export_checkpoint(run, task, step, staging)
         else:
             taken = None
@@ -63,16 +68,26 @@ def _export_artifact(run: RunDirectory, name: str, staging: Path) -> None:
 def _export_checkpoint(run: RunDirectory, task: TaskFile, step: int | None, staging: Path) -> int:
     """Put a checkpoint together as a transformers folder; returns its step."""
     stage = task.stage
-    assert isinstance(stage, Pretrain)
+    assert isinstance(stage, TRAINING)
     folder = _choose(run.stage(stage.name).checkpoints, step)
     kinds = {other.name: other.produces for other in task.stages}
-    tokens = next(run.stage(need).artifact for need in stage.needs if kinds[need] == "tokens")
-    facts = token_facts(tokens)
-    config = model_config(
-        stage.train.model, stage.train.router, facts["vocab_size"], stage.train.batches.seq_len, facts["end_of_text_id"]
-    )
-    export_checkpoint(folder, config, staging)
-    copy_tokenizer_files(tokens / "tokenizer", staging)
+    inputs = {kinds[need]: run.stage(need).artifact for need in reversed(stage.needs)}  # the first of each kind
+    if isinstance(stage, Pretrain):
+        made = stage.train
+        facts = token_facts(inputs["tokens"])
+        config = model_config(
+            made.model, made.router, facts["vocab_size"], made.batches.seq_len, facts["end_of_text_id"]
+        )
+        tokenizer = inputs["tokens"] / "tokenizer"
+    else:
+        config = load_config(inputs["model"])
+        tokenizer = inputs["model"]
+    model = empty_model(config)
+    if isinstance(stage, Relora):
+        export_checkpoint(folder, attach(model, stage.train, seed=0), config, staging, merge_in_place, base_name)
+    else:
+        export_checkpoint(folder, model, config, staging)
+    copy_tokenizer_files(tokenizer, staging)
     if (folder / PASSPORT).exists():
         shutil.copyfile(folder / PASSPORT, staging / PASSPORT)
     return step_of(folder)

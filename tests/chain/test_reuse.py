@@ -20,7 +20,7 @@ BATCHES = {"seq_len": 64, "micro_batch_size": 2, "tokens_per_step": 512}
 TRAIN: dict[str, Any] = {
     "batches": BATCHES, "steps": 8, "optimizer": {"lr": 2e-3}, "schedule": {"kind": "constant"},
     "parallel": {"ranks_per_node": 2, "expert_parallel_size": 2, "zero_stage": 2},
-    "checkpoint_every_steps": 4, "evaluate_every_steps": 8, "evaluate_tokens": 2048,
+    "checkpoint_every_steps": 4, "keep_every_steps": 8, "evaluate_every_steps": 8, "evaluate_tokens": 2048,
 }  # fmt: skip
 LORA = {"rank": 4, "alpha": 8, **TRAIN, "steps": 6, "expert_choice": {"top_loaded": 0.5}}
 RELORA = {
@@ -155,6 +155,18 @@ def history(run: Path) -> dict[int, tuple[Any, ...]]:
     return {row["step"]: (row.get("loss"), row.get("optimizer_forgot")) for row in rows}
 
 
+def exported(run: Path, stage: str, out: Path, launch: Launch) -> None:
+    """The last checkpoint, put together as a folder, is the stage's artifact byte for byte."""
+    result = launch("export", run, stage, out)
+    assert result.returncode == 0, result.stderr
+    for path in (run / "stages" / stage / "artifact").iterdir():
+        assert (out / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_a_checkpoint_of_a_model_trained_further_is_exported(done: Path, tmp_path: Path, launch: Launch) -> None:
+    exported(done, "tuned", tmp_path / "tuned", launch)
+
+
 def test_relora_killed_in_a_cycle_ends_with_the_same_bits(done: Path, tmp_path: Path, launch: Launch) -> None:
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -175,3 +187,4 @@ def test_relora_killed_in_a_cycle_ends_with_the_same_bits(done: Path, tmp_path: 
     assert [step for step, (_, forgot) in first.items() if forgot] == [8, 16]
     weights = [path.parent / "cycles/stages/relora/artifact/model.safetensors" for path in (whole, killed)]
     assert weights[0].read_bytes() == weights[1].read_bytes()
+    exported(whole.parent / "cycles", "relora", tmp_path / "relora", launch)

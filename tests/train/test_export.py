@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc.errors import ArtifactError
-from hpc.model.build import model_config
+from hpc.model.build import empty_model, model_config
 from hpc.train.export import export_checkpoint
 from tests.train.exactness import data, settings_for
 from tests.train.test_exactness import launch
@@ -36,7 +36,7 @@ def test_an_exported_checkpoint_has_the_logits_of_the_engine(tmp_path: Path, cas
     folder = tmp_path / "checkpoints/step-00000002"
     settings = settings_for(case, 2)
     config = model_config(settings.model, settings.router, 64, 64, 0)
-    census = export_checkpoint(folder, config, tmp_path / "model")
+    census = export_checkpoint(folder, empty_model(config), config, tmp_path / "model")
     assert sorted(census["experts"]["xxh3_64_by_layer"]) == (["1"] if "deepseek" in case else ["0", "1"])
     ids = json.dumps(data()[0, :1, :-1].tolist())
     command = [sys.executable, "-c", FRESH_LOGITS, str(tmp_path / "model"), ids]
@@ -48,5 +48,5 @@ def test_an_exported_checkpoint_has_the_logits_of_the_engine(tmp_path: Path, cas
     shard = folder / "fragments-00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-4])
     with pytest.raises(ArtifactError, match=r"cannot be exported: fragments-00001.safetensors is missing, cut off"):
-        export_checkpoint(folder, config, tmp_path / "again")
+        export_checkpoint(folder, empty_model(config), config, tmp_path / "again")
     assert not (tmp_path / "again").exists()
