@@ -27,8 +27,8 @@ def export_stage(run: RunDirectory, name: str, out: Path, step: int | None) -> s
     """Write `out` from a stage that makes a model, with a README.md about it; returns what was taken, in words.
 
     Of a training of all weights that is a checkpoint, by default the newest that verifies; once a stage is done and
-    keeps none, and of every other stage, it is the artifact. Nothing in the run directory is changed. Raises ConfigError or
-    ArtifactError when there is nothing to export.
+    keeps none, and of every other stage, it is the artifact. Nothing in the run directory is changed. Raises
+    ConfigError or ArtifactError when there is nothing to export.
     """
     if not run.stage(name).task.exists():
         raise ConfigError(f"{run.root} has no stage {name!r} that was ever started")
