@@ -5,7 +5,7 @@ from pathlib import Path
 
 from hpc.adapt.lora import attach, base_name
 from hpc.adapt.relora import merge_in_place
-from hpc.config import Finetune, Pretrain, Relora
+from hpc.config import Finetune, Parallel, Pretrain, Relora
 from hpc.errors import ArtifactError, ConfigError
 from hpc.model.build import empty_model, load_config, model_config
 from hpc.model.routing import PASSPORT
@@ -84,7 +84,8 @@ def _export_checkpoint(run: RunDirectory, task: TaskFile, step: int | None, stag
         tokenizer = inputs["model"]
     model = empty_model(config)
     if isinstance(stage, Relora):
-        export_checkpoint(folder, attach(model, stage.train, seed=0), config, staging, merge_in_place, base_name)
+        undivided = stage.train.model_copy(update={"parallel": Parallel()})
+        export_checkpoint(folder, attach(model, undivided, seed=0), config, staging, merge_in_place, base_name)
     else:
         export_checkpoint(folder, model, config, staging)
     copy_tokenizer_files(tokenizer, staging)
