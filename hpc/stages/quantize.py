@@ -3,9 +3,11 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hpc.config import Quantize
+from hpc.data.store import TokenStore
 from hpc.errors import ConfigError
 from hpc.model.build import FEED_FORWARD, load_model, tensor_group
 from hpc.reuse.stored import StoredModel
@@ -13,6 +15,9 @@ from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.shrink.quantize import check, compare, packed_census, quantize
 from hpc.stages.common import copy_tokenizer_files
+
+PROBE_LENGTH = 128
+"""Ids of each sequence that source and artifact are compared on."""
 
 
 def run(context: Context) -> Result:
@@ -38,7 +43,7 @@ def run(context: Context) -> Result:
     copy_tokenizer_files(source, staging)
 
     context.progress("reading back")
-    ids = torch.randint(config.vocab_size, (4, 128), generator=torch.Generator().manual_seed(context.task.seed))
+    ids, of_what = _probe(context, config.vocab_size)
     comparison = compare(model, load_model(staging).eval(), ids)
     packed = packed_census(staging)
     check(comparison, packed, matrices, stage.bits)
@@ -57,7 +62,7 @@ def run(context: Context) -> Result:
         "kl": comparison.kl,
         "top1_agreement": comparison.top1_agreement,
     }
-    read_back = "measured: artifact read back by transformers against its source, 512 random ids"
+    read_back = f"measured: artifact read back by transformers against its source, {ids.numel()} {of_what} ids"
     provenance = {
         "bits": "derived: from the configuration",
         "bits_per_weight": "derived: weight files / parameters, embedding and head included",
@@ -69,6 +74,16 @@ def run(context: Context) -> Result:
         "top1_agreement": read_back,
     }
     return Result(metrics, provenance, packed, ("torch", "transformers", "auto-round", "compressed-tensors"))
+
+
+def _probe(context: Context, vocab_size: int) -> tuple[torch.Tensor, str]:
+    """Ids (B, S) to compare on, and what they are."""
+    rows = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
+    rows = [row[: 4 * PROBE_LENGTH].reshape(-1, PROBE_LENGTH) for row in rows if len(row) >= 4 * PROBE_LENGTH]
+    if rows:
+        return torch.from_numpy(np.concatenate(rows).astype(np.int64)), "held-out"
+    random = torch.Generator().manual_seed(context.task.seed)
+    return torch.randint(vocab_size, (4, PROBE_LENGTH), generator=random), "random"
 
 
 def _matrices(source: Path) -> tuple[dict[str, int], int]:
