@@ -6,10 +6,10 @@ therefore compared in double precision, and judged by the difference relative to
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 ACCEPTED = 1e-5
 """Largest difference of logits, relative to the largest one, of two models that are called the same."""
@@ -38,8 +38,8 @@ class Difference:
         return f"{self.absolute:.2e} ({self.relative:.1e} of the largest, accepted {ACCEPTED:.0e})"
 
 
-def exact_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits (B, S, V) of an fp32 model on ids (B, S), in double precision where memory allows.
+def exact_logits(model: Any, ids: Tensor) -> Tensor:
+    """Logits (B, S, V) of a transformers or peft model in fp32 on ids (B, S), in double precision where memory allows.
 
     The model is left in fp32; its experts are computed one by one, as grouped products exist in fp32 and below only.
     """
