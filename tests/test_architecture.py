@@ -16,6 +16,7 @@ DOORS = {
     "megablocks": {"hpc/model/megablocks.py"},
     "kernels": {"hpc/model/megablocks.py"},
     "litgpt": {"hpc/bench/peers.py"},
+    "bitsandbytes": {"hpc/model/four_bit.py"},
     "peft": {"hpc/adapt/lora.py", "hpc/adapt/merge.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "wandb_workspaces": {"hpc/tracking/dashboard.py"},

@@ -22,7 +22,8 @@ from hpc.errors import ArtifactError, ConfigError
 from hpc.model.adapters import PLACE, Beside, ExpertAdapters, LowRank, first_A
 from hpc.model.routing import PASSPORT
 
-ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"]
+"""Matrices of attention blocks; those of DeepSeek's latent attention go down to the latent vectors (a) and up (b)."""
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 DENSE = ["gate_proj", "up_proj", "down_proj"]
 """Feed-forward matrices of a model without experts."""
@@ -43,7 +44,7 @@ def attach(
     """
     torch.manual_seed(seed)
     blocks = _expert_blocks(model)
-    targets = _targets(settings, has_experts=bool(blocks))
+    targets = [*(ATTENTION if settings.attention else []), *(DENSE if settings.experts and not blocks else [])]
     model.requires_grad_(False)
     if targets:
         inject_adapter_in_model(_config(settings, targets, has_experts=False), model)
@@ -57,11 +58,6 @@ def attach(
         if wanted and not any(part in name for name in trained):
             raise ArtifactError(f"no adapter could be attached to {part}: the model's architecture has other names")
     return model
-
-
-def _targets(settings: AdapterTraining, *, has_experts: bool) -> list[str]:
-    """Linear layers that peft adapts."""
-    return [*(ATTENTION if settings.attention else []), *(DENSE if settings.experts and not has_experts else [])]
 
 
 def _config(settings: AdapterTraining, targets: list[str], *, has_experts: bool) -> LoraConfig:
@@ -168,6 +164,7 @@ def save_adapter(state: Mapping[str, Tensor], settings: AdapterTraining, folder:
             tensors[f"base_model.model.{layer}.{wrapper}.lora_{matrix}.weight"] = flat
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
-    config = _config(settings, _targets(settings, has_experts=has_experts), has_experts=has_experts)
+    targets = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in state if ".lora_" in name}
+    config = _config(settings, sorted(targets), has_experts=has_experts)
     config.inference_mode = True
     config.save_pretrained(str(folder))

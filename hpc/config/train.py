@@ -374,10 +374,38 @@ class AdapterTraining(TrainingBase):
     expert_choice: ExpertChoice | None = None
     """Adapt only some experts; all of them when left out."""
 
+    base_bits: Literal[4] | None = None
+    """Bits of the frozen matrices of attention and feed-forward blocks, experts included; null is full precision. 4 is
+    NF4 with double quantization (QLoRA, arXiv:2305.14314), 4.13 bits a weight in memory: each rank packs its part while
+    it reads it, and unpacks one matrix at a time, in the forward and in the backward pass, which costs time. Routers,
+    norms, embeddings and the head stay as they are. The adapters learn beside the rounded base, and `merge` adds them
+    to the one in full precision: close to what was trained, not the same. Needs bitsandbytes (extra `qlora`)."""
+
     @model_validator(mode="after")
     def _check_adapters(self) -> Self:
         if not (self.attention or self.experts):
             raise ValueError("attention and experts are both false, so nothing would be trained: set one to true")
+        return self
+
+    @model_validator(mode="after")
+    def _check_base(self) -> Self:
+        if self.base_bits is None:
+            return self
+        if self.parallel.zero_stage == 3:
+            raise ValueError(
+                f"parallel.zero_stage = 3 splits weights over ranks, which a base of base_bits = {self.base_bits} "
+                "cannot be: take zero_stage 2 (expert_parallel_size splits the experts)"
+            )
+        if self.expert_compute == "megablocks":
+            raise ValueError(
+                f"expert_compute = megablocks multiplies all experts at once, base_bits = {self.base_bits} unpacks "
+                "one at a time: take grouped_mm"
+            )
+        if self.compile:
+            raise ValueError(
+                f"compile = true cannot make kernels of matrices that base_bits = {self.base_bits} unpacks on each "
+                "use: set compile to false"
+            )
         return self
 
 
@@ -406,6 +434,11 @@ class ReloraTraining(AdapterTraining):
     @model_validator(mode="after")
     def _check_cycles(self) -> Self:
         every = self.schedule.restart_every_steps
+        if self.base_bits is not None:
+            raise ValueError(
+                f"base_bits = {self.base_bits} rounds the base, and relora merges its adapters into it at every "
+                "restart: leave base_bits out, or take a lora stage"
+            )
         if every is None:
             raise ValueError(
                 "a relora stage restarts by its schedule: set schedule.kind to jagged_cosine, with restart_every_steps"

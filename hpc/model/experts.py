@@ -20,11 +20,13 @@ from torch.nn import functional
 from hpc.errors import ConfigError
 from hpc.model.adapters import ExpertAdapters, LowRank, adapted_layers
 from hpc.model.experts_cpu import on_cpu, sorted_on_cpu
+from hpc.model.four_bit import FourBitExperts, grouped_four_bit
 from hpc.model.megablocks import grouped_gemm, megablocks
 from hpc.model.products import serves
 
-GroupedLinear = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(x_ND, weight_EOD, counts_E) -> y_NO. Rows past the sum of the counts are padding: what they hold is undefined."""
+GroupedLinear = Callable[[Tensor, Any, Tensor], Tensor]
+"""(x_ND, weight_EOD, counts_E) -> y_NO; the weight is a tensor, or FourBitExperts for `grouped_four_bit`. Rows past the
+sum of the counts are padding: what they hold is undefined."""
 
 
 def grouped_mm(x_ND: Tensor, weight_EOD: Tensor, counts_E: Tensor) -> Tensor:
@@ -96,12 +98,14 @@ def swiglu_experts(
     x_TH: Tensor,
     chosen_TK: Tensor,
     weights_TK: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
+    gate_up: Tensor | FourBitExperts,
+    down: Tensor | FourBitExperts,
     adapters: ExpertAdapters | None = None,
 ) -> Tensor:
     """Output (T, H) of a layer of SwiGLU experts. gate_up (E, 2I, H) holds the gate first; down is (E, H, I)."""
     if adapters is None and linear is grouped_mm and serves(x_TH.device, x_TH.dtype):
+        assert isinstance(gate_up, Tensor)
+        assert isinstance(down, Tensor)
         return on_cpu(x_TH, chosen_TK, weights_TK, (gate_up,), down)
     top_k = chosen_TK.shape[-1]
     order_N = chosen_TK.flatten().argsort(stable=True)
@@ -115,7 +119,7 @@ def swiglu_experts(
     return (y_TKH * weights_TK.unsqueeze(-1).to(y_TKH.dtype)).sum(1)
 
 
-def _adapted(linear: GroupedLinear, x_ND: Tensor, weight: Tensor, counts_E: Tensor, adapter: LowRank | None) -> Tensor:
+def _adapted(linear: GroupedLinear, x_ND: Tensor, weight: Any, counts_E: Tensor, adapter: LowRank | None) -> Tensor:
     """A grouped product, and what its adapter adds."""
     y_NO = linear(x_ND, weight, counts_E)
     return y_NO if adapter is None else y_NO + adapter(x_ND, counts_E)
@@ -126,10 +130,11 @@ def use_backend(model: nn.Module, backend: str) -> None:
 
     Call it after DeepSpeed has put its layers in place. Idempotent; a dense model is left as it is.
     """
-    linear = BACKENDS[backend]
     adapted = {id(module): adapters for _, layer, adapters in adapted_layers(model) for module in layer.modules()}
     for module in model.modules():
         adapters = adapted.get(id(module))
+        is_packed = any(isinstance(held, FourBitExperts) for held in vars(module).values())
+        linear = grouped_four_bit if is_packed else BACKENDS[backend]
         if type(module).__name__ == "GroupedExperts":
             module.forward = MethodType(expert_parallel_forward(linear, adapters), module)
         elif hasattr(module, "_is_expert_parallel"):  # set by transformers' decorator of fused experts
@@ -140,9 +145,8 @@ def transformers_forward(linear: GroupedLinear, adapters: ExpertAdapters | None 
     """What transformers calls in place of its own experts' forward."""
 
     def forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        gate_up, down = self.gate_up_proj, self.down_proj
-        assert isinstance(gate_up, Tensor)
-        assert isinstance(down, Tensor)
+        gate_up: Any = self.gate_up_proj
+        down: Any = self.down_proj
         return swiglu_experts(linear, hidden_states, top_k_index, top_k_weights, gate_up, down, adapters)
 
     return forward
@@ -152,10 +156,9 @@ def expert_parallel_forward(linear: GroupedLinear, adapters: ExpertAdapters | No
     """What replaces the forward of DeepSpeed's local experts: w1 (E, I, H) gate, w3 up, w2 (E, H, I) down."""
 
     def forward(self: nn.Module, x: Tensor, num_tokens_per_expert: Tensor) -> Tensor:
-        gate, up, down = self.w1, self.w3, self.w2
-        assert isinstance(gate, Tensor)
-        assert isinstance(up, Tensor)
-        assert isinstance(down, Tensor)
+        gate: Any = self.w1
+        up: Any = self.w3
+        down: Any = self.w2
         counts_E = num_tokens_per_expert
         if adapters is not None:
             added_gate, added_up = adapters.gate_up(x, counts_E).chunk(2, -1)

@@ -1,4 +1,9 @@
-"""Adapters for one task on a frozen model. artifact/: a peft adapter folder with the hash of its base."""
+"""Adapters for one task on a frozen model. artifact/: a peft adapter folder with the hash of its base.
+
+With `base_bits: 4` that model is held in four bits while they learn. The artifact is the same: an adapter for the base
+in full precision, into which `merge` folds it. It has seen the rounded one, and made up for some of its rounding: what
+comes of it beside the other is for `evaluate` to say.
+"""
 
 import shutil
 
@@ -6,6 +11,7 @@ from hpc.adapt.lora import attach, base_name, choose_experts, save_adapter, trai
 from hpc.config import Lora
 from hpc.config.model import Balance
 from hpc.model.build import empty_model, load_config
+from hpc.model.packing import bits_per_weight
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
@@ -64,6 +70,12 @@ def run(context: Context) -> Result:
     on_first_rank(context.world.is_first, write)
     shape = {
         "trainable_params": (trainable, "measured: counted over the adapters"),
+        "base_bits": (settings.base_bits, "configured: null is full precision"),
+        "base_bits_per_weight": (
+            bits_per_weight(trained.engine.module),
+            "measured: bytes of packed matrices on rank 0, null where nothing is packed",
+        ),
         "total_params": (total, "measured: counted over the base model"),
     }
-    return training_result(job, trained, {}, shape, ("torch", "deepspeed", "transformers", "peft"))
+    libraries = ("torch", "deepspeed", "transformers", "peft", *(("bitsandbytes",) if settings.base_bits else ()))
+    return training_result(job, trained, {}, shape, libraries)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from hpc.errors import StageError
 from hpc.evaluate.loss import token_losses
+from hpc.model.packing import packed_matrices
 from hpc.train.engine import Engine
 
 NOBODY = torch.iinfo(torch.int64).min
@@ -89,10 +90,13 @@ def _weights(engine: Engine) -> list[tuple[str, Tensor | None]]:
     """One entry for each shared weight; for each expert-parallel rank one of its experts' weights."""
     if engine.settings.parallel.zero_stage == 3:
         return []
+    sums = {name: bit_sum(parameter) for name, parameter in engine.module.named_parameters()}
+    for packed in packed_matrices(engine.module):  # experts of one parameter together
+        bits = torch.stack([bit_sum(tensor) for tensor in packed.matrix.tensors]).sum()
+        sums[packed.name] = sums[packed.name] + bits if packed.name in sums else bits
     entries: list[tuple[str, Tensor | None]] = []
     place = engine.place
-    for name, parameter in engine.module.named_parameters():
-        value = bit_sum(parameter)
+    for name, value in sums.items():
         if place.is_split(name):
             entries += [(f"{name} ({rank})", value if rank == place.rank else None) for rank in range(place.size)]
         else:

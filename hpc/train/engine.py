@@ -25,11 +25,12 @@ from deepspeed.utils import logger as deepspeed_logger
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor, nn
 
-from hpc.config import TrainingBase
+from hpc.config import AdapterTraining, TrainingBase
 from hpc.model.attention import use_attention
 from hpc.model.blocks import overlap_shared_experts, prepare_blocks
 from hpc.model.experts import check_available, use_backend
 from hpc.model.loss import LossHead
+from hpc.model.packing import Packed, hollow, pack, settle
 from hpc.model.products import use_products
 from hpc.model.routing import route_in_fp32, router_biases
 from hpc.run.task import World
@@ -43,6 +44,7 @@ from hpc.train.fragments import (
     count_bytes,
     fill_weights,
     frozen_fragments,
+    logical_name,
     read_fragments,
     write_fragments,
     zero_fragments,
@@ -142,6 +144,8 @@ class Engine:
             apply_autoep_shim()
         self._model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
         prepare_blocks(model, settings)
+        is_packed = isinstance(settings, AdapterTraining) and settings.base_bits is not None
+        widths = hollow(model) if is_packed else {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._engine, *_ = deepspeed.initialize(
             model=model,
@@ -150,6 +154,7 @@ class Engine:
             config=deepspeed_config(settings, precision, self._model_type, device, sum(p.numel() for p in trained)),
         )
         self.module: nn.Module = self._engine.module
+        settle(self.module, widths)
         use_backend(self.module, settings.expert_compute)
         use_products(self.module)
         if settings.attention_kernel == "auto":
@@ -285,7 +290,19 @@ class Engine:
         source lacks an element of this model.
         """
         fill_weights(source, [*frozen_fragments(self.module, self.place), *self._trained_fragments()], rename)
+        self._pack(source, rename)
         self._use_masters()
+
+    def _pack(self, source: Source, rename: Rename) -> None:
+        """Take what is held in four bits. A rank never holds more than one matrix of it in full."""
+        place = self.place
+
+        def read(packed: Packed, target: Tensor) -> None:
+            known_as = rename(packed.name)
+            assert known_as is not None, "what is frozen comes from the source"
+            source.fill(logical_name(known_as), place.whole(packed.name, packed.shape)[1] + packed.start, target)
+
+        pack(self.module, read, self.device)
 
     def _use_masters(self) -> None:
         """Compute with what the optimizer holds from now on. Collective."""
