@@ -131,7 +131,7 @@ def main(folder: Path) -> None:
 def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from hpc.adapt.lora import attach
+    from hpc.adapt.lora import attach, base_name
     from hpc.evaluate.loss import token_losses
     from hpc.model.build import build_model, model_config
     from hpc.model.routing import RouterProbe
@@ -151,6 +151,8 @@ def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) ->
     if isinstance(settings, AdapterTraining):
         model = attach(model, settings, 0)
     engine = Engine(model, settings, device)
+    if isinstance(settings, AdapterTraining) and settings.base_bits is not None:
+        engine.fill(_Noise(), base_name)
     probe = RouterProbe(engine.module)
     generator = torch.Generator().manual_seed(rank)
     size, length = settings.batches.micro_batch_size, settings.batches.seq_len
@@ -210,6 +212,17 @@ def _train(settings: Any, shape: Model, router: Router, case: dict[str, Any]) ->
         "step_s": seconds[case["warm_up"] :], "cpu_share": cpu_s / sum(seconds), "peak": engine.peak_memory_bytes,
         "start": started, "tensors": tensors,
     }  # fmt: skip
+
+
+class _Noise:
+    """Weights for a base in four bits, which takes them when it is filled and no sooner."""
+
+    def fill(self, name: str, start: int, target: Any) -> None:
+        """Random ones, but for norms."""
+        if "norm" in name:
+            target.fill_(1.0)
+        else:
+            target.normal_(std=0.02)
 
 
 def _live_bytes() -> int:

@@ -18,13 +18,15 @@ from hpc.config import AdapterTraining, TrainingBase
 from hpc.plan.activations import FP32, Activations, activations
 from hpc.plan.facts import Facts
 from hpc.plan.imbalance import Imbalance, imbalance
-from hpc.plan.params import Parameters, count_adapter
+from hpc.plan.params import Parameters, attention_matrices, count_adapter
 from hpc.plan.process import HEAP_SLACK, PROCESS_BYTES, kernel_bytes
 
 REDUCE_BUCKET = 100_000_000
 """Elements of the buffer in which gradients are exchanged (hpc/train/engine.py), at most as many as are trained."""
 LIVE_PARAMETERS = 1_050_000_000
 """Parameters that ZeRO 3 keeps gathered at a time: stage3_max_live_parameters and stage3_prefetch_bucket_size."""
+PACKED_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+"""Of a weight in NF4: 4, an 8-bit scale for 64 of them, and an fp32 scale for 256 of those (arXiv:2305.14314)."""
 ACCELERATOR_BYTES = 1.5 * 2**30
 """Context, libraries' kernels and workspaces, NCCL's channels on an accelerator; assumed."""
 
@@ -87,6 +89,8 @@ class _Sizes:
     matrices: float
     """Part of the trained parameters that Muon updates."""
     item: int
+    packed: float = 0.0
+    """Frozen parameters on this rank that are held in four bits."""
 
 
 def training_memory(
@@ -107,7 +111,7 @@ def training_memory(
         heap = (*copy, Part("kernels", kernels, "oneDNN: kernels x 0.57 MiB, measured"))
         process = Part("process", PROCESS_BYTES, "interpreter and libraries: measured")
     return Memory(
-        states=(*_states(settings, sizes, on_cpu=on_cpu), *_adapted(facts, settings, item)),
+        states=tuple(_states(settings, sizes, on_cpu=on_cpu)),
         passes=tuple(_passes(facts, settings, sizes, kept, load.p99, on_cpu=on_cpu)),
         heap=heap,
         process=process,
@@ -124,7 +128,8 @@ def _sizes(parameters: Parameters, facts: Facts, settings: TrainingBase, item: i
     gathered = (parameters.dense if ranks > 1 else 0) + (experts if ranks > group else 0)
     if isinstance(settings, AdapterTraining):
         trained = count_adapter(facts.model, facts.router, settings)
-        return _Sizes(here + trained, trained / ranks, float(trained), trained, gathered, 0.0, item)
+        packed = 0.0 if settings.base_bits is None else parameters.attention + parameters.always + experts
+        return _Sizes(here + trained, trained / ranks, float(trained), trained, gathered, 0.0, item, packed)
     muon = settings.optimizer.kind == "muon"
     matrices = parameters.attention + parameters.experts + parameters.always if muon else 0
     return _Sizes(here, parameters.total / ranks, here, parameters.total, gathered, matrices / parameters.total, item)
@@ -136,7 +141,8 @@ def _states(settings: TrainingBase, sizes: _Sizes, *, on_cpu: bool) -> list[Part
     how = "8 n: AdamW's two" if not sizes.matrices else f"8 n, but 4 n for Muon's {sizes.matrices:.0%}: one"
     common = [Part("fp32 weights of the optimizer", FP32 * n, "4 n"), Part("moments", moments, how)]
     if settings.parallel.zero_stage < 3:
-        return [Part("weights", b * sizes.here, "b N"), *common]
+        weights = Part("weights", b * (sizes.here - sizes.packed), "b N" if not sizes.packed else "b (N - packed)")
+        return [weights, *([_packed(sizes)] if sizes.packed else []), *common]
     frozen = sizes.here - sizes.trained_here
     return [
         Part("weights", b * (n + frozen / settings.parallel.world_size), "b N / ranks"),
@@ -153,11 +159,19 @@ def _bucket(settings: TrainingBase, sizes: _Sizes, *, on_cpu: bool) -> Part:
     return Part("exchange of gradients", float(size), f"{'' if twice == 1 else '2 '}b min(1e8, trained)")
 
 
-def _adapted(facts: Facts, settings: TrainingBase, item: int) -> list[Part]:
-    """Adapters on experts: peft adds their product to the experts' weights in every forward pass, and keeps the sum."""
-    if not isinstance(settings, AdapterTraining) or not settings.experts:
-        return []
-    return [Part("adapted experts", 2.0 * item * facts.parameters.experts, "2 b experts: product and sum")]
+def _packed(sizes: _Sizes) -> Part:
+    """The frozen base in NF4 with double quantization (hpc/model/four_bit.py)."""
+    return Part("base in four bits", sizes.packed * PACKED_BITS / 8, f"{PACKED_BITS:.3f} bits a packed weight")
+
+
+def _unpacked(facts: Facts, settings: TrainingBase, item: int) -> float:
+    """Bytes of the largest matrix that is unpacked for a product, one at a time."""
+    if not isinstance(settings, AdapterTraining) or settings.base_bits is None:
+        return 0.0
+    model, router = facts.model, facts.router
+    dense = model.dense_width(router) if model.num_dense_layers else 0
+    feed_forward = model.hidden_size * max(model.expert_size * max(1, router.num_shared_experts), dense)
+    return float(item * max(feed_forward, *(width * height for width, height in attention_matrices(model))))
 
 
 def _checkpoint_copy(settings: TrainingBase, sizes: _Sizes) -> list[Part]:
@@ -189,14 +203,17 @@ def _passes(
     layer = sizes.trained_here / facts.model.num_layers
     head = facts.vocab_size * facts.model.hidden_size if sizes.trained > facts.parameters.embedding else 0
     rows = tokens * facts.router.top_k * facts.model.hidden_size * (settings.parallel.expert_parallel_size > 1)
-    working = b * (layer + head + 3 * tokens * facts.model.hidden_size + (3 + 2 * load) * rows)
+    unpacked = _unpacked(facts, settings, sizes.item)
+    working = unpacked + b * (layer + head + 3 * tokens * facts.model.hidden_size + (3 + 2 * load) * rows)
     gathered = "gathered weights + " if stage == 3 else ""
+    whole_matrix = "one unpacked matrix + " if unpacked else ""
     whole = FP32 * facts.parameters.total
     passes = [
-        Part("forward pass", waiting + live + kept.kept + kept.rows,
-             f"{gathered}waiting gradients + kept activations + logits of 512 rows"),
+        Part("forward pass", waiting + live + unpacked + kept.kept + kept.rows,
+             f"{gathered}{whole_matrix}waiting gradients + kept activations + logits of 512 rows"),
         Part("backward pass", during + live + kept.kept + kept.again + working,
-             f"{gathered}bucket and gradients + kept and recomputed activations + gradients and rows on their way"),
+             f"{gathered}{whole_matrix}bucket and gradients + kept and recomputed activations + gradients and rows on "
+             "their way"),
         Part("update", b * n * (stage < 3) + FP32 * n, "gradients b n + their fp32 copy 4 n"),
         Part("evaluation", live + kept.logits + working,
              "8 V per token: all logits and their log-softmax in fp32"),

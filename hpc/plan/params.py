@@ -70,25 +70,32 @@ def attention_parameters(model: Model) -> int:
 
 def _attention(model: Model) -> tuple[int, int]:
     """Parameters of one attention block: matrices, and norms of queries, keys and latent vectors."""
+    matrices = sum(width * height for width, height in attention_matrices(model))
+    if model.architecture == "deepseek_v3":
+        return matrices, model.latent.kv_rank + (model.latent.query_rank or 0)
+    d, heads = model.head_dim, model.num_attention_heads
+    q, kv = heads * d, model.kv_heads * d
+    # OLMoE normalises whole queries and keys, Qwen3 those of each head, Mixtral neither.
+    return matrices, {"olmoe": q + kv, "qwen3_moe": 2 * d, "mixtral": 0}[model.architecture]
+
+
+def attention_matrices(model: Model) -> list[tuple[int, int]]:
+    """Width in and out of each matrix of one attention block."""
     h, d, heads = model.hidden_size, model.head_dim, model.num_attention_heads
     if model.architecture == "deepseek_v3":
         latent = model.latent
-        query = latent.nope_head_dim + latent.rope_head_dim
-        queries = h * heads * query
-        if latent.query_rank:
-            queries = h * latent.query_rank + latent.query_rank * heads * query
-        keys_values = h * (latent.kv_rank + latent.rope_head_dim)
-        keys_values += latent.kv_rank * heads * (latent.nope_head_dim + latent.value_head_dim)
-        return queries + keys_values + heads * latent.value_head_dim * h, latent.kv_rank + (latent.query_rank or 0)
+        query = heads * (latent.nope_head_dim + latent.rope_head_dim)
+        queries = [(h, latent.query_rank), (latent.query_rank, query)] if latent.query_rank else [(h, query)]
+        keys_values = heads * (latent.nope_head_dim + latent.value_head_dim)
+        down = (h, latent.kv_rank + latent.rope_head_dim)
+        return [*queries, down, (latent.kv_rank, keys_values), (heads * latent.value_head_dim, h)]
     q, kv = heads * d, model.kv_heads * d
-    # OLMoE normalises whole queries and keys, Qwen3 those of each head, Mixtral neither.
-    return h * q + 2 * h * kv + q * h, {"olmoe": q + kv, "qwen3_moe": 2 * d, "mixtral": 0}[model.architecture]
+    return [(h, q), (h, kv), (h, kv), (q, h)]
 
 
 def count_adapter(model: Model, router: Router, settings: AdapterTraining) -> int:
     """Parameters of LoRA adapters: rank x (inputs + outputs) for each adapted matrix; on experts for each expert."""
     h, i, r = model.hidden_size, model.expert_size, settings.rank
-    q, kv = model.num_attention_heads * model.head_dim, model.kv_heads * model.head_dim
-    attention = r * ((h + q) + 2 * (h + kv) + (q + h))
-    experts = router.num_experts * r * ((h + 2 * i) + (i + h))
-    return model.num_layers * (settings.attention * attention + settings.experts * experts)
+    attention = r * sum(width + height for width, height in attention_matrices(model))
+    experts = (model.num_layers - model.num_dense_layers) * router.num_experts * r * ((h + 2 * i) + (i + h))
+    return settings.attention * model.num_layers * attention + settings.experts * experts

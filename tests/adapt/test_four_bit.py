@@ -11,7 +11,7 @@ from typing import Any
 import bitsandbytes.functional
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MixtralConfig, Qwen2Config
+from transformers import AutoModelForCausalLM, DeepseekV3Config, MixtralConfig, Qwen2Config
 
 from hpc.adapt.lora import attach, base_name
 from hpc.config.train import AdapterTraining, ReloraTraining
@@ -24,6 +24,7 @@ from hpc.model.packing import bits_per_weight, hollow, pack, packed_matrices, se
 from hpc.reuse.stored import StoredModel
 from hpc.train.fragments import logical_name
 from tests.adapt.packed import SAVED
+from tests.adapt.test_merge import LATENT
 from tests.conftest import ROOT
 
 SHAPE: dict[str, Any] = {
@@ -121,18 +122,19 @@ def rounded(folder: Path) -> dict[str, torch.Tensor]:
             state[name] = torch.stack([torch.cat([unpacked(half) for half in one.chunk(2)]) for one in value])
         elif name.endswith("experts.down_proj"):
             state[name] = torch.stack([unpacked(one) for one in value])
-        elif name.endswith("_proj.weight"):
+        elif name.endswith(("_proj.weight", "_with_mqa.weight")):
             state[name] = unpacked(value)
     return state
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("kind", ["experts", "dense"])
+@pytest.mark.parametrize("kind", ["experts", "dense", "latent"])
 def test_logits_and_gradients_are_those_of_lora_on_the_rounded_base(
     kind: str, recompute: bool, moe: Path, tmp_path: Path
 ) -> None:
     dense = Qwen2Config(**SHAPE, tie_word_embeddings=True)  # its projections have biases
-    folder = moe if kind == "experts" else save(dense, tmp_path / "dense")
+    latent = DeepseekV3Config(**{**SHAPE, **LATENT}, q_lora_rank=16)
+    folder = moe if kind == "experts" else save({"dense": dense, "latent": latent}[kind], tmp_path / kind)
     settings = AdapterTraining.model_validate({**PLAIN, "base_bits": 4})
     packed = packed_model(folder, settings)
     plain = finished(attach(empty_model(load_config(folder)), settings, 1), rounded(folder))

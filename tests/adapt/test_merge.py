@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, MixtralConfig
 
 from hpc.adapt.lora import attach, base_name, choose_experts, save_adapter
 from hpc.adapt.merge import merge
@@ -123,6 +123,30 @@ def test_only_chosen_experts_change(moe: Path, tmp_path: Path) -> None:
         choose_experts(ExpertChoice(top_loaded=0.5), moe, 4)
     with pytest.raises(ConfigError, match="expert 4 of 4"):
         choose_experts(ExpertChoice(named={0: [4]}), moe, 4)
+
+
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4, "moe_intermediate_size": 24, "n_routed_experts": 4, "num_experts_per_tok": 2,
+    "n_shared_experts": 1, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 12,
+    "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 6, "initializer_range": 0.1, "num_mtp_layers": 0,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("query_rank", [16, None])
+def test_latent_attention_is_adapted_in_all_its_matrices(query_rank: int | None, tmp_path: Path) -> None:
+    """DeepSeek-V3: two for queries, or one, two for keys and values, and the output, in three layers."""
+    torch.manual_seed(0)
+    config = DeepseekV3Config(**{**SHAPE, **LATENT, "num_hidden_layers": 3}, q_lora_rank=query_rank)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(tmp_path / "base")
+    wanted = adapter(tmp_path / "base", tmp_path / "a", 1)
+    merged = merge(load_model(tmp_path / "base").eval(), [(tmp_path / "a", 1.0)], IDS, "linear", 0.5, 0)
+    number = 3 * (5 if query_rank else 4)
+    assert merged.changed == {"experts": (2 * 2 * 4, 2 * 2 * 4), "others": (number, number)}
+    with torch.no_grad():
+        assert float((merged.model(input_ids=IDS).logits - wanted).abs().max()) < 1e-5
+    written = set(json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"])
+    queries = {"q_a_proj", "q_b_proj"} if query_rank else {"q_proj"}
+    assert written == queries | {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 
 
 def test_an_adapter_that_changes_nothing_is_refused(moe: Path, tmp_path: Path) -> None:

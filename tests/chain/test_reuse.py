@@ -44,7 +44,7 @@ def chain(folder: Path, base: Path) -> dict[str, Any]:
              "sources": [{"files": [str(talk)], "format": "chat"}]},
             {"name": "tuned", "kind": "finetune", "needs": ["sparse", "text"], "train": TRAIN},
             {"name": "lora-text", "kind": "lora", "needs": ["tuned", "text"], "train": LORA},
-            {"name": "lora-talk", "kind": "lora", "needs": ["tuned", "talk"], "train": LORA},
+            {"name": "lora-talk", "kind": "lora", "needs": ["tuned", "talk"], "train": {**LORA, "base_bits": 4}},
             {"name": "merge", "kind": "merge", "needs": ["tuned", "lora-text", "lora-talk"],
              "weights": {"lora-text": 0.5}},
             {"name": "quantize", "kind": "quantize", "needs": ["merge"], "group_size": 32},
@@ -101,6 +101,10 @@ def test_adapters_learn_their_task_on_experts_that_the_passport_names(done: Path
     for task in ("text", "talk"):
         found = metrics(done, f"lora-{task}")
         assert found["heldout_loss"] < found["heldout_loss_before"]
+    talk = metrics(done, "lora-talk")  # beside a base in four bits, and merged into the one in full
+    assert talk["base_bits"] == 4
+    assert 4.125 < talk["base_bits_per_weight"] < 4.2
+    assert metrics(done, "lora-text")["base_bits_per_weight"] is None
     merged = metrics(done, "merge")
     assert merged["max_abs_logit_difference"] < 1e-5
     assert merged["expert_matrices_adapted"] == 16

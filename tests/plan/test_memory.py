@@ -112,6 +112,40 @@ def test_states_of_a_rank_by_hand(zero: int, expected: dict[str, float]) -> None
     assert sizes(memory.heap)["copy for checkpoints"] == 12 * 4_724_096
 
 
+def adapters(*more: str) -> tuple[Any, Facts]:
+    """The quickstart's LoRA stage in another layout."""
+    config = load_config(ROOT / "configs/quickstart.yaml", [f"stages.lora.train.{setting}" for setting in more])
+    facts = model_facts(config, "lora-modern")
+    assert facts is not None
+    return config.stage("lora-modern").train, facts
+
+
+def test_a_base_in_four_bits_by_hand() -> None:
+    """4 layers of 256: attention 4 x 4 x 256^2, 8 experts of 3 x 256 x 256 in each; half of them on a rank."""
+    attention, experts = 4 * 4 * 256**2, 4 * 8 * 3 * 256**2
+    layout = "parallel={ranks_per_node: 2, expert_parallel_size: 2, zero_stage: 2}"
+    (packed, facts), (plain, _) = adapters(layout, "base_bits=4"), adapters(layout)
+    assert (facts.parameters.attention, facts.parameters.experts) == (attention, experts)
+    here = attention + experts / 2
+    found, full = sizes(planned(packed, facts).states), sizes(planned(plain, facts).states)
+    assert found["base in four bits"] == here * (4 + 1 / 8 + 1 / 512) / 8
+    assert full["weights"] - found["weights"] == 4 * here
+    assert "base in four bits" not in full
+    work, whole = (sizes(planned(settings, facts).passes) for settings in (packed, plain))
+    for name in ("forward pass", "backward pass"):
+        assert work[name] - whole[name] == 4 * 256**2  # one matrix, unpacked
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", ["null", "4"])
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_planned_tensors_of_adapters_are_those_that_real_steps_allocate(bits: str, recompute: str) -> None:
+    settings, facts = adapters("parallel={ranks_per_node: 1}", f"base_bits={bits}", f"recompute={recompute}")
+    found = measured(settings, facts, steps=1, count_tensors=True)
+    assert found.tensor_bytes is not None
+    assert planned(settings, facts).tensors == pytest.approx(max(found.tensor_bytes), rel=0.1)
+
+
 def test_bf16_halves_weights_and_gradients_but_not_the_optimizer() -> None:
     settings, facts = case(2, 2, 3, 4, "none", 2048)
     low = sizes(training_memory(facts, settings, "bf16", on_cpu=False).states)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from hpc.config import Model, Router, RunConfig
+from hpc.config import LatentAttention, Model, Router, RunConfig
 from hpc.config.load import load_config
 from hpc.plan.flops import forward_flops_per_token, model_flops_utilization, training_flops_per_token
 from hpc.plan.params import count, count_adapter
@@ -98,6 +98,23 @@ def test_adapter_parameters_are_those_that_peft_adds(root: Path) -> None:
     built = build_model(model_config(model, router, 300, 32, 0), seed=0)
     adapted = attach(built, stage.train, seed=0)
     assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)
+
+
+@pytest.mark.parametrize("query_rank", [16, None])
+def test_adapters_on_latent_attention_are_counted_matrix_by_matrix(root: Path, query_rank: int | None) -> None:
+    from hpc.adapt.lora import attach, trainable_parameters
+    from hpc.model.build import build_model, model_config
+
+    stage = load_config(root / "configs/quickstart.yaml").stage("lora-modern")
+    latent = LatentAttention(query_rank=query_rank, kv_rank=8, nope_head_dim=8, rope_head_dim=4, value_head_dim=6)
+    model = Model(architecture="deepseek_v3", hidden_size=32, num_layers=3, num_attention_heads=2, expert_size=16,
+                  num_dense_layers=1, latent_attention=latent)  # fmt: skip
+    router = Router(num_experts=4, num_shared_experts=1)
+    adapted = attach(build_model(model_config(model, router, 300, 32, 0), seed=0), stage.train, seed=0)
+    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)
+    parts = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters() if ".lora_" in name}
+    queries = {"q_a_proj", "q_b_proj"} if query_rank else {"q_proj"}
+    assert parts == queries | {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}
 
 
 @pytest.fixture
