@@ -377,8 +377,9 @@ class AdapterTraining(TrainingBase):
     base_bits: Literal[4] | None = None
     """Bits of the frozen matrices of attention and feed-forward blocks, experts included; null is full precision. 4 is
     NF4 with double quantization (QLoRA, arXiv:2305.14314), 4.13 bits a weight in memory: each rank packs its part while
-    it reads it, and unpacks one matrix at a time, in the forward and in the backward pass, which costs time. Routers,
-    norms, embeddings and the head stay as they are. The adapters learn beside the rounded base, and `merge` adds them
+    it reads it, and unpacks one matrix at a time, in the forward and in the backward pass: 15, 4 and 2 % of a step on a
+    CPU at 256, 1,024 and 4,096 tokens in a micro-batch (measured 2026-11-25). Routers, norms, embeddings and the head
+    stay as they are. The adapters learn beside the rounded base, and `merge` adds them
     to the one in full precision: close to what was trained, not the same. Needs bitsandbytes (extra `qlora`)."""
 
     @model_validator(mode="after")

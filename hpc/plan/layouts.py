@@ -76,7 +76,8 @@ def search(config: RunConfig, machine: Machine, measured: Measured, name: str | 
     Raises ConfigError when there is no such training stage.
     """
     stage, facts, todo = _choose(config, name)
-    fitting, tried, refusals = [], 0, _Refusals(machine.memory_gib_per_rank * GIB)
+    is_packed = isinstance(stage.train, AdapterTraining) and stage.train.base_bits is not None
+    fitting, tried, refusals = [], 0, _Refusals(machine.memory_gib_per_rank * GIB, is_packed=is_packed)
     for settings in layouts(stage.train, facts, machine, refusals):
         tried += 1
         memory, step = stage_layout(facts, settings, machine, measured, stage)
@@ -135,10 +136,10 @@ def layouts(settings: TrainingBase, facts: Facts, machine: Machine, refusals: "_
             continue
         micro_batches = [size for size in _divisors(sequences // ranks) if size in _sizes(sequences // ranks)]
         for group in _divisors(ranks):
-            if group > 1 and (isinstance(settings, AdapterTraining) or facts.router.num_experts % group):
-                refusals.note_group(group, is_adapter=isinstance(settings, AdapterTraining))
+            if group > 1 and facts.router.num_experts % group:
+                refusals.note_group(group)
                 continue
-            for zero in (1, 2, 3):
+            for zero in (1, 2) if refusals.is_packed else (1, 2, 3):
                 parallel = settings.parallel.model_copy(
                     update={"nodes": nodes, "ranks_per_node": per_node, "expert_parallel_size": group,
                             "zero_stage": zero}
@@ -176,7 +177,7 @@ def _sizes(most: int) -> set[int]:
 class _Refusals:
     """Why layouts are left out, gathered by ZeRO stage and expert parallelism."""
 
-    def __init__(self, offered_bytes: float) -> None:
+    def __init__(self, offered_bytes: float, *, is_packed: bool) -> None:
         self._offered = offered_bytes
         self._least: dict[tuple[int, int], dict[int, float]] = {}
         """Micro-batch -> the least that any layout with it needs."""
@@ -184,7 +185,8 @@ class _Refusals:
         """The least of any layout that does not fit."""
         self._ranks: dict[int, int] = {}
         self._groups: set[int] = set()
-        self._is_adapter = False
+        self.is_packed = is_packed
+        """Whether the base is in four bits, which ZeRO 3 does not split."""
 
     def note(self, settings: TrainingBase, needed: float) -> bool:
         """Whether a layout does not fit."""
@@ -199,10 +201,9 @@ class _Refusals:
         """Ranks that the sequences of a step do not split over."""
         self._ranks[ranks] = sequences
 
-    def note_group(self, group: int, *, is_adapter: bool) -> None:
-        """A group that the experts do not split over, or that adapters have no use for."""
+    def note_group(self, group: int) -> None:
+        """A group that the experts do not split over."""
         self._groups.add(group)
-        self._is_adapter = is_adapter
 
     def lines(self) -> Iterator[str]:
         """One for each group of layouts; ZeRO stages that fail alike share it."""
@@ -214,8 +215,9 @@ class _Refusals:
             stages, least = _words([zero for zero, _ in found]), min(needed for _, needed in found)
             yield f"zero {stages}, EP {group}, {which}: {least:,.1f} GiB or more of {self._offered / GIB:.3g}"
         if self._groups:
-            why = "adapters train over whole experts" if self._is_adapter else "the experts do not split"
-            yield f"EP {_words(sorted(self._groups))}: {why}"
+            yield f"EP {_words(sorted(self._groups))}: the experts do not split"
+        if self.is_packed:
+            yield "zero 3: a base in four bits is not split over ranks"
         if self._ranks:
             sequences = next(iter(self._ranks.values()))
             yield f"{_words(sorted(self._ranks))} ranks: the {sequences:,} sequences of a step do not split"

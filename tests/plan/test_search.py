@@ -87,12 +87,16 @@ def test_sizes_that_do_not_go_into_each_other_are_named(root: Path, machine: Mac
     assert lines == ("8 ranks: the 12 sequences of a step do not split",)
 
 
-def test_adapters_are_searched_without_expert_parallelism(root: Path) -> None:
-    config = load_config(root / "configs/quickstart.yaml")
+@pytest.mark.parametrize("bits", ["null", "4"])
+def test_adapters_are_searched_with_expert_parallelism_and_without_zero_3_on_a_packed_base(
+    root: Path, bits: str
+) -> None:
+    config = load_config(root / "configs/quickstart.yaml", [f"stages.lora.train.base_bits={bits}"])
     found = search(config, load_site("local").machine, Measured(), "lora")
     assert found.stage == "lora"
-    assert {layout.expert_parallel_size for layout in found.fitting} == {1}
-    assert "EP 2: adapters train over whole experts" in found.refused
+    assert {layout.expert_parallel_size for layout in found.fitting} == {1, 2}
+    assert {layout.zero_stage for layout in found.fitting} == ({1, 2} if bits == "4" else {1, 2, 3})
+    assert ("zero 3: a base in four bits is not split over ranks" in found.refused) == (bits == "4")
 
 
 def test_a_stage_that_does_not_train_is_refused_with_those_that_do(root: Path) -> None:
