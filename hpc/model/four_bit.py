@@ -28,20 +28,33 @@ SCALE_BLOCK = 256
 
 
 class FourBitMatrix:
-    """A matrix (O, D) in NF4; without content until `pack` gives it some."""
+    """A matrix (O, D) in NF4; without content until `reserve` and `pack` give it some."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
         self.shape = (out_features, in_features)
         self._codes: Tensor | None = None
+        self._scales: Tensor | None = None
         self._state: Any = None
+
+    def reserve(self, device: str) -> None:
+        """Get the memory for codes and scales. For all matrices before the first is packed: what stays would else lie
+        between what packing needs for a moment, and a heap with such holes was seen to grow to twice its content."""
+        weights = self.shape[0] * self.shape[1]
+        self._codes = torch.empty(-(-weights // 2), 1, dtype=torch.uint8, device=device)
+        self._scales = torch.empty(-(-weights // BLOCK), dtype=torch.uint8, device=device)
 
     def pack(self, weight_OD: Tensor) -> None:
         """Take a weight in full precision. The same weight gives the same bits."""
         functional = library()
-        flat = weight_OD.reshape(-1)  # its kernel for CPUs scales rows wrongly whose width is no multiple of a block
-        codes, state = functional.quantize_4bit(flat, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
+        # Its kernel for CPUs scales rows wrongly whose width is no multiple of a block, and works on rows in parallel.
+        blocks = weight_OD.reshape((-1, BLOCK) if weight_OD.numel() % BLOCK == 0 else -1)
+        codes, state = functional.quantize_4bit(blocks, blocksize=BLOCK, compress_statistics=True, quant_type="nf4")
         state.code, state.state2.code = _levels(str(codes.device))  # tables that all matrices share
-        self._codes, self._state = codes, state
+        assert self._codes is not None, "no memory was reserved"
+        assert self._scales is not None
+        self._codes.copy_(codes)
+        state.absmax = self._scales.copy_(state.absmax)
+        self._state = state
 
     def unpack(self, dtype: torch.dtype) -> Tensor:
         """The matrix in full."""

@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hpc.model.four_bit import FourBitExperts, FourBitLinear, FourBitMatrix
+from hpc.model.four_bit import FourBitExperts, FourBitLinear, FourBitMatrix, library
 
 Widths = dict[str, int]
 """Name of a layer's experts -> their intermediate width."""
 
 
 def hollow(model: nn.Module) -> Widths:
-    """Take the frozen matrices of the blocks out of a model whose weights are yet to come, in place."""
+    """Take the frozen matrices of the blocks out of a model whose weights are yet to come, in place.
+
+    Raises ConfigError where nothing can pack them here.
+    """
+    library()
     widths = {}
     for name, module in list(model.named_modules()):
         if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter):
@@ -88,6 +92,8 @@ def packed_matrices(model: nn.Module) -> Iterator[Packed]:
 
 def pack(model: nn.Module, read: Callable[[Packed, Tensor], None], device: str) -> None:
     """Read all matrices, each into a flat tensor in fp32, and pack them, one after the other."""
+    for packed in packed_matrices(model):
+        packed.matrix.reserve(device)
     for packed in packed_matrices(model):
         values = torch.empty(math.prod(packed.matrix.shape))
         read(packed, values)
