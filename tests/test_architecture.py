@@ -57,8 +57,8 @@ MAY_IMPORT = {
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.rehearse", "hpc.report", "hpc.reuse.fetch",
-        "hpc.run", "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.rehearse", "hpc.report",
+        "hpc.reuse.fetch", "hpc.run", "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""

@@ -19,7 +19,7 @@ FAMILIES = {
     "llama3": ("llama", 8192),
 }
 """Beginning of a name in the catalogue -> transformers model type, and the context that its first release has at least
-(config.json of the models on the Hugging Face Hub)."""
+(from memory of their config.json)."""
 RENORMALIZED = ("mixtral", "qwen3_moe")
 """Architectures whose released models let the chosen experts' weights add up to one; OLMoE's do not."""
 

@@ -107,7 +107,7 @@ def training_memory(
         heap = (*copy, Part("kernels", kernels, "oneDNN: kernels x 0.57 MiB, measured"))
         process = Part("process", PROCESS_BYTES, "interpreter and libraries: measured")
     return Memory(
-        states=(*_states(settings, sizes, on_cpu=on_cpu), *_adapted(facts, settings, item)),
+        states=tuple(_states(settings, sizes, on_cpu=on_cpu)),
         passes=tuple(_passes(facts, settings, sizes, kept, load.p99, on_cpu=on_cpu)),
         heap=heap,
         process=process,
@@ -151,13 +151,6 @@ def _bucket(settings: TrainingBase, sizes: _Sizes, *, on_cpu: bool) -> Part:
     twice = 1 if on_cpu or settings.parallel.zero_stage == 3 else 2
     size = sizes.item * min(REDUCE_BUCKET, sizes.trained) * twice
     return Part("exchange of gradients", float(size), f"{'' if twice == 1 else '2 '}b min(1e8, trained)")
-
-
-def _adapted(facts: Facts, settings: TrainingBase, item: int) -> list[Part]:
-    """Adapters on experts: peft adds their product to the experts' weights in every forward pass, and keeps the sum."""
-    if not isinstance(settings, AdapterTraining) or not settings.experts:
-        return []
-    return [Part("adapted experts", 2.0 * item * facts.parameters.experts, "2 b experts: product and sum")]
 
 
 def _checkpoint_copy(settings: TrainingBase, sizes: _Sizes) -> list[Part]:

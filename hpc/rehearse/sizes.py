@@ -81,7 +81,12 @@ def checkpoint(config: Settings, granularity: int) -> Settings:
     small = {key: value for key, value in config.items() if key not in dropped}
     heads = int(config["num_attention_heads"])
     hidden, few, few_kv = attention(int(config["hidden_size"]), heads, int(config.get("num_key_value_heads") or heads))
-    small |= {"hidden_size": hidden, "num_attention_heads": few, "num_key_value_heads": few_kv, "vocab_size": VOCABULARY}
+    small |= {
+        "hidden_size": hidden,
+        "num_attention_heads": few,
+        "num_key_value_heads": few_kv,
+        "vocab_size": VOCABULARY,
+    }
     if config.get("head_dim"):
         small["head_dim"] = hidden // few
     small["num_hidden_layers"] = layers = min(int(config["num_hidden_layers"]), LAYERS)
@@ -160,4 +165,3 @@ def _adapters(settings: Settings) -> None:
     choice = settings["expert_choice"]
     if choice and choice["named"]:
         choice["named"] = {0: [0]}
-

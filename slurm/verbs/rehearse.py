@@ -8,7 +8,7 @@ import click
 @click.command()
 @click.argument("config", type=click.Path(path_type=Path))
 @click.option("--site", default="local", show_default=True,
-              help="Where: this machine, or a site with Slurm (devcluster), to which the chain is submitted.")  # fmt: skip
+              help="This machine, or a site with Slurm (devcluster), to which the chain is submitted.")  # fmt: skip
 @click.option("--site-set", "site_overrides", multiple=True, metavar="A.B=VALUE",
               help="Override a key of the site, e.g. slurm.account=ab12.")  # fmt: skip
 @click.option("--set", "overrides", multiple=True, metavar="A.B.C=VALUE",
@@ -49,14 +49,17 @@ def rehearse(
         click.echo(f"\n{text}", nl=False)
         return
     from hpc.rehearse import standin
+    from hpc.run.directory import RunDirectory
 
+    RunDirectory.create(Path(found.config.run_root), found.config.name)
     for wanted in found.stand_ins:
         click.echo(f"{wanted.folder}: {'made' if standin.make(wanted) else 'there'}, instead of {wanted.instead_of}")
     if found.conversations:
         standin.converse(found.conversations)
     if out:
         out.write_text(f"# Twin of {config}, made by `launch.py rehearse`\n{text}", encoding="utf-8")
-        click.echo(f"next: python launch.py run {out}")
+        verb = "run" if place.slurm is None else f"submit --site {site}"
+        click.echo(f"next: python launch.py {verb} {out}")
         return
     planned = make_plan(found.config, place.machine, place.facility)
     if place.slurm is not None:
