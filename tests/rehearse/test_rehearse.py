@@ -175,7 +175,7 @@ def test_adapters_of_mixtral_are_rehearsed_on_a_model_of_its_kind(tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*LARGE, "reuse-smollm2"])
+@pytest.mark.parametrize("name", LARGE)
 def test_a_recipe_is_rehearsed_to_its_report(name: str, tmp_path: Path, launch: Launch) -> None:
     result = launch("rehearse", f"configs/{name}.yaml", "--set", f"run_root={tmp_path}")
     assert result.returncode == 0, result.stdout + result.stderr
