@@ -12,6 +12,7 @@ from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.devcluster import devcluster
 from slurm.verbs.plan import plan
+from slurm.verbs.rehearse import rehearse
 from slurm.verbs.report import card, report
 
 CONFIG = click.argument("config", type=click.Path(path_type=Path))
@@ -295,6 +296,7 @@ def dashboard(run: Path, as_json: bool) -> None:
 
 
 main.add_command(plan)
+main.add_command(rehearse)
 
 
 @main.command()

@@ -49,6 +49,7 @@ MAY_IMPORT = {
     "hpc.evaluate": {"hpc.data", "hpc.errors"},
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
     "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
+    "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
     "hpc.shrink": {"hpc.errors", "hpc.model"},
     "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
     "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
@@ -57,8 +58,8 @@ MAY_IMPORT = {
         "hpc.tracking",
     },
     "slurm": {
-        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.report", "hpc.reuse.fetch", "hpc.run",
-        "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
+        "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.rehearse", "hpc.report",
+        "hpc.reuse.fetch", "hpc.run", "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
@@ -68,9 +69,10 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layout
               "slurm.ledger",
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster", "slurm.fetch",
-              "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan"]  # fmt: skip
+              "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan",
+              "hpc.rehearse.twin"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
-         "dashboard", "plan", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
+         "dashboard", "plan", "rehearse", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}

@@ -99,6 +99,13 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def config_from(content: dict[str, Any]) -> PretrainedConfig:
+    """The transformers configuration that a config.json with this content would be read as."""
+    rest = {key: value for key, value in content.items() if key != "model_type"}
+    config: PretrainedConfig = AutoConfig.for_model(content["model_type"], **rest)
+    return config
+
+
 def load_config(folder: Path) -> PretrainedConfig:
     """The transformers configuration of a folder. Code that a folder brings along is never run."""
     config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)

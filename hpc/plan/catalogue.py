@@ -79,6 +79,7 @@ SHAPES: dict[str, Shape] = {
     "qwen2514b": _dense(5120, 48, 13824, 40, 8, 152064),
     "qwen2532b": _dense(5120, 64, 27648, 40, 8, 152064),
     "qwen2572b": _dense(8192, 80, 29568, 64, 8, 152064),
+    "qwen317b": _dense(2048, 28, 6144, 16, 8, 151936, dim=128, tied=True),
     "qwen38b": _dense(4096, 36, 12288, 32, 8, 151936),
     "qwen314b": _dense(5120, 40, 17408, 40, 8, 151936),
     "qwen332b": _dense(5120, 64, 25600, 64, 8, 151936, dim=128),
@@ -207,12 +208,18 @@ def find(name: str) -> Shape:
         if not all(0 < value < 1e7 for value in hints.values()):
             raise ConfigError(f"model {name!r} states a width or depth that cannot be")
         return _hinted(hints)
-    plain = re.sub(r"[^a-z0-9]", "", stated)
-    for pattern, replacement in _REWRITES:
-        plain = re.sub(pattern, replacement, plain)
+    plain = plain_name(stated)
     if plain in SHAPES:
         return SHAPES[plain]
     return _standard(name, stated)
+
+
+def plain_name(stated: str) -> str:
+    """A name as SHAPES spells it, where it is one that is known."""
+    plain = re.sub(r"[^a-z0-9]", "", stated.lower())
+    for pattern, replacement in _REWRITES:
+        plain = re.sub(pattern, replacement, plain)
+    return plain
 
 
 def _hinted(hints: dict[str, int]) -> Shape:

@@ -33,6 +33,7 @@ from hpc.plan.memory import Memory, checkpoint_bytes, training_memory
 from hpc.plan.params import count_adapter
 from hpc.plan.process import PROCESS_BYTES
 from hpc.plan.quantity import GIB, Quantity, unknown
+from hpc.plan.reused import catalogue_note
 from hpc.plan.step_time import StepTime
 from hpc.plan.work import Work, text_bytes, work
 
@@ -181,7 +182,7 @@ def _plan_stage(
         flops=todo.flops,
         time=time,
         energy=energy_of(machine, time, nodes, ranks_per_node),
-        notes=(*todo.notes, *_peak_note(stage.name, measured)),
+        notes=(*catalogue_note(config, stage), *todo.notes, *_peak_note(stage.name, measured)),
         deepspeed_overlay=settings.deepspeed if settings else {},
         memory=memory,
         step=step,

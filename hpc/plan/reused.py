@@ -4,8 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hpc.config import Model, Reuse, Router, RunConfig
+from hpc.config import Init, Model, Reuse, Router, RunConfig, Stage
 from hpc.errors import DataError
+from hpc.plan.hub import hub_config
 from hpc.plan.params import Parameters, count
 from hpc.reuse.fetch import SOURCES, locate
 from hpc.reuse.shape import read_config, sparse_config
@@ -16,7 +17,7 @@ DENSE = {"llama": "mixtral", "mistral": "mixtral", "qwen2": "mixtral", "qwen3": 
 
 
 def reused_config(config: RunConfig, stage: Reuse, earlier: dict[str, Any] | None) -> dict[str, Any] | None:
-    """config.json of what a reuse stage makes; None where it is not here yet, or cannot be read without loading it.
+    """config.json of what a reuse stage makes; None where it is neither here nor in the catalogue, or is a .gguf file.
 
     earlier: config.json of the stage that it needs, where it needs one.
     """
@@ -25,13 +26,35 @@ def reused_config(config: RunConfig, stage: Reuse, earlier: dict[str, Any] | Non
         if (done / "config.json").is_file():
             return read_config(done)
         if stage.init is not None:
-            folder = locate(stage.init, Path(config.run_root).absolute() / SOURCES)
-            earlier = read_config(folder) if folder is not None and folder.is_dir() else None
+            earlier = source_config(stage.init, config.run_root)[0]
         if earlier is None:
             return None
         return sparse_config(earlier, stage.upcycle) if stage.upcycle else earlier
     except DataError:
         return None  # the stage will say what is wrong
+
+
+def source_config(init: Init, run_root: str) -> tuple[dict[str, Any] | None, bool]:
+    """config.json of a checkpoint, and whether it is the catalogue's, the checkpoint itself being elsewhere.
+
+    None for a .gguf file, and for what is neither here nor known. Raises DataError for one that cannot be read.
+    """
+    path = locate(init, Path(run_root).absolute() / SOURCES)
+    if path is None:
+        found = hub_config(init.source)
+        return found, found is not None
+    return (read_config(path), False) if path.is_dir() else (None, False)
+
+
+def catalogue_note(config: RunConfig, stage: Stage) -> tuple[str, ...]:
+    """What a plan says about a model whose shape is known while its checkpoint is elsewhere."""
+    if not isinstance(stage, Reuse) or stage.init is None:
+        return ()
+    try:
+        _, is_catalogued = source_config(stage.init, config.run_root)
+    except DataError:
+        return ()
+    return (f"shape from the catalogue: {stage.init.source} is not on this machine",) if is_catalogued else ()
 
 
 def shape_of(config: dict[str, Any]) -> tuple[Model, Router, Parameters, int, int] | None:
