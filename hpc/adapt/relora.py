@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from hpc.errors import StageError
 from hpc.model.adapters import LowRank, adapted_layers, first_A
+from hpc.train.corruption import bit_sum
 from hpc.train.engine import Engine
 from hpc.train.fragments import Fragment
 
@@ -85,12 +86,16 @@ def restart(engine: Engine, done: int, seed: int, prune: Prune, ratio: float) ->
 
     Raises StageError when the optimizer did not forget what it should.
     """
+    others = _moments_of_others(engine)
     for matrix in adapted_matrices(engine.module):
         engine.rewrite([*matrix.bases, matrix.A, matrix.B], partial(_begin_anew, engine, matrix, seed, done))
-    forgotten = _forget(engine, seed, done, prune, ratio)
+    _forget(engine, seed, done, prune, ratio)
+    forgotten = _forgotten(engine)
     wanted = 1.0 if prune == "zero" else ratio
     if forgotten < wanted - TOLERANCE:
         raise StageError(f"step {done}: the optimizer forgot {forgotten:.3f} of the adapters' moments, not {wanted:g}")
+    if _moments_of_others(engine) != others:
+        raise StageError(f"step {done}: the restart changed moments of parameters that have no adapter")
     return {"merged": True, "optimizer_forgot": round(forgotten, 6)}
 
 
@@ -108,14 +113,43 @@ def _begin_anew(engine: Engine, matrix: Adapted, seed: int, done: int) -> None:
     matrix.B.zero_()
 
 
-def _forget(engine: Engine, seed: int, done: int, prune: Prune, ratio: float) -> float:
-    """Set moments of the adapters to zero: all, a random part, or the smallest. Returns the fraction that is zero.
+def _adapters(engine: Engine) -> set[str]:
+    """Names of the adapters' own parameters."""
+    own = {id(parameter) for matrix in adapted_matrices(engine.module) for parameter in (matrix.A, matrix.B)}
+    return {name for name, parameter in engine.module.named_parameters() if id(parameter) in own}
+
+
+def _forgotten(engine: Engine) -> float:
+    """The fraction of the adapters' moments that is zero, as the optimizer has them now. Collective."""
+    zeros, names = torch.zeros(2, dtype=torch.float64, device=engine.device), _adapters(engine)
+    for name, fragment in engine.moments().items():
+        if name in names:
+            for moment in MOMENTS:
+                values = fragment.values[moment]
+                zeros += torch.tensor([int((values == 0).sum()), len(values)], device=engine.device)
+    dist.all_reduce(zeros)
+    return float(zeros[0] / zeros[1])
+
+
+def _moments_of_others(engine: Engine) -> int:
+    """A sum over the bits of this rank's moments of everything but adapters: another one after any change."""
+    names = _adapters(engine)
+    return sum(
+        int(bit_sum(fragment.values[moment]))
+        for name, fragment in engine.moments().items()
+        if name not in names
+        for moment in MOMENTS
+        if moment in fragment.values
+    )
+
+
+def _forget(engine: Engine, seed: int, done: int, prune: Prune, ratio: float) -> None:
+    """Set moments of the adapters to zero: all, a random part, or the smallest. Collective.
 
     The same elements of both moments go, by the first one's magnitude: a mean that outlives its variance would be
     divided by next to nothing in the next update.
     """
     owned = engine.moments()
-    zeros = torch.zeros(2, dtype=torch.float64, device=engine.device)
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     for matrix in adapted_matrices(engine.module):
         for parameter in (matrix.A, matrix.B):
@@ -128,9 +162,6 @@ def _forget(engine: Engine, seed: int, done: int, prune: Prune, ratio: float) ->
             for moment in MOMENTS:
                 values = fragment.values[moment]
                 values.mul_(keep[fragment.start : fragment.start + len(values)].to(values.device))
-                zeros += torch.tensor([int((values == 0).sum()), len(values)], device=engine.device)
-    dist.all_reduce(zeros)
-    return float(zeros[0] / zeros[1])
 
 
 def _kept(fragment: Fragment | None, size: int, prune: Prune, ratio: float, key: str, device: str) -> Tensor:

@@ -23,6 +23,17 @@ class Init(Frozen):
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     """What a .gguf file has to hash to; another file is refused."""
 
+    @model_validator(mode="after")
+    def _check_what_is_named(self) -> Self:
+        is_hub = not self.source.startswith(("/", ".", "~", "pypi:"))
+        if self.revision and not is_hub:
+            raise ValueError(f"revision = {self.revision!r} is for a Hub model, not for {self.source}: drop it")
+        if self.sha256 and not self.source.endswith(".gguf"):
+            raise ValueError(
+                f"sha256 is for one .gguf file, not for {self.source}: name a Hub model's commit as revision"
+            )
+        return self
+
 
 class Upcycle(Frozen):
     """A dense model's feed-forward blocks copied, or cut up and copied, into experts (sparse upcycling,

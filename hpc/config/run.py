@@ -130,8 +130,8 @@ def with_reuse(stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     made: dict[str, str] = {}
     found: list[dict[str, Any]] = []
     for stage in stages:
-        init = stage.get("init")
-        if stage.get("kind") == "reuse" or not isinstance(init, dict) or not isinstance(init.get("from"), str):
+        init, begins = stage.get("init"), stage.get("kind") not in ("reuse", "pretrain")
+        if not begins or not isinstance(init, dict) or not isinstance(init.get("from"), str):
             found.append(stage)
             continue
         key = repr(sorted(init.items()))

@@ -1,6 +1,6 @@
 """The kinds of stage a chain is made of, what each needs and what it leaves behind."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
@@ -33,7 +33,9 @@ class Source(Frozen):
 
     format: Literal["text", "chat"] = "text"
     """`chat`: records are conversations, `{"messages": [{"role", "content"}, ...]}` or `{"prompt", "completion"}`,
-    rendered by the tokenizer's chat template. Only the assistant's answers are learned from and measured."""
+    rendered by the tokenizer's chat template. Only the assistant's answers are learned from and measured. Conversations
+    are packed one after another; with document_masking none attends to another, and one that a window cuts in two is
+    learned from without the part before."""
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:
@@ -164,6 +166,13 @@ class Pretrain(Task):
 
     train: Training
     """Model, routing, parallelism, optimizer, schedule."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _begins_at_random(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "init" in values:
+            raise ValueError("init: pretrain begins with random weights: use kind: finetune, or kind: relora")
+        return values
 
 
 class Reuse(Task):

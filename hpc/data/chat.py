@@ -101,10 +101,15 @@ def render(document: str, tokenizer: Path) -> Rendered:
 
 
 def answer_mask(offsets: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for each token that begins inside an answer, else 0. offsets: first and last + 1 character of each token."""
+    """1 for each token that begins inside an answer, else 0. offsets: first and last + 1 character of each token.
+
+    A conversation's first token never counts: packed, what stands before it is the end of another conversation.
+    """
     mask = [0] * len(offsets)
     starts = [first for first, _ in offsets]
     for first, last in answers:
         for token in range(bisect_left(starts, first), bisect_left(starts, last)):
             mask[token] = 1
+    if mask:
+        mask[0] = 0
     return mask

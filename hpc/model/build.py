@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from hpc.config import Model, Router
-from hpc.errors import ArtifactError
+from hpc.errors import ArtifactError, DataError
 from hpc.model.census import verify_model
 
 logging.set_verbosity_error()
@@ -107,8 +107,13 @@ def config_from(content: dict[str, Any]) -> PretrainedConfig:
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The transformers configuration of a folder. Code that a folder brings along is never run."""
-    config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    """The transformers configuration of a folder. Code that a folder brings along is never run. Raises DataError for
+    an architecture that transformers does not have."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except ValueError as error:
+        reason = str(error).split(". ")[0]
+        raise DataError(f"{folder}: config.json cannot be used ({reason}): take another model") from None
     return config
 
 

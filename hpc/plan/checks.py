@@ -1,6 +1,6 @@
 """What a site or a model does not allow, said before anything starts."""
 
-from hpc.config import Lora, Machine, Model, Quantize, Stage
+from hpc.config import Lora, Machine, Model, Quantize, Router, Stage, Trains
 from hpc.errors import ConfigError
 from hpc.plan.facts import Facts
 from hpc.plan.memory import Memory
@@ -18,6 +18,8 @@ def check_stage(machine: Machine, stage: Stage, facts: Facts | None, nodes: int,
                 f"stage {stage.name!r}: parallel.{setting} = {asked}, but the site offers {offered}: choose at most "
                 f"{offered}, or another --site"
             )
+    if isinstance(stage, Trains) and facts:
+        _check_experts(stage, facts.router)
     if isinstance(stage, Lora) and facts and stage.train.batches.seq_len > facts.seq_len:
         raise ConfigError(
             f"stage {stage.name!r}: seq_len {stage.train.batches.seq_len} is longer than the context of its model, "
@@ -25,6 +27,15 @@ def check_stage(machine: Machine, stage: Stage, facts: Facts | None, nodes: int,
         )
     if isinstance(stage, Quantize) and facts:
         _check_groups(stage, facts.model)
+
+
+def _check_experts(stage: Trains, router: Router) -> None:
+    experts, group = router.num_experts, stage.train.parallel.expert_parallel_size
+    if experts % group:
+        what = f"does not divide its {experts} experts: choose a divisor of {experts}"
+        if experts == 1:
+            what = "is for mixtures of experts, and its model is dense: set it to 1, or upcycle the model"
+        raise ConfigError(f"stage {stage.name!r}: parallel.expert_parallel_size = {group} {what}")
 
 
 def check_memory(machine: Machine, stage: Stage, memory: Memory) -> None:

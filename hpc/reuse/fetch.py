@@ -95,10 +95,11 @@ def _snapshot(init: Init, cache: Path, *, offline: bool) -> Path | None:
     try:
         return Path(get(**options, cache_dir=str(cache / "hub")))
     except Exception as error:  # connection, authentication, a repository that does not exist: many types
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        revision = f" --revision {init.revision}" if init.revision else ""
         raise DataError(
-            f"init.from = {init.source!r} cannot be fetched from the Hub ({reason}): check the id and revision, or "
-            "download it elsewhere and name its folder"
+            f"init.from = {init.source!r} cannot be fetched from the Hub ({reason}): check the id and revision, or run "
+            f"`hf download {init.source}{revision} --local-dir DIR` where there is a network and set init.from to DIR"
         ) from None
 
 

@@ -1,8 +1,8 @@
 """A .gguf file as a transformers folder: llama.cpp's format, for dense models that transformers converts rightly.
 
 transformers turns GGUF files of mixtures of experts into models with random experts, or refuses them; so only dense
-architectures are taken, and every tensor is compared with the file: as many elements, and the same sum of magnitudes
-(rows of queries and keys are reordered on the way, which a sum does not see).
+architectures are taken, and every tensor is compared with that of its name in the file, value by value (rows of queries
+and keys are reordered on the way: of those, sums that do not depend on the order).
 """
 
 from collections.abc import Iterator
@@ -46,24 +46,53 @@ def _reader(path: Path) -> Any:
         raise DataError(f"{path} is not a readable GGUF file ({error}): fetch it again") from None
 
 
+PARTS = {
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj", "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
+"""A layer's tensors: llama.cpp's name -> transformers'."""
+ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+REORDERED = (".q_proj.", ".k_proj.")
+"""llama.cpp keeps the rows of these in another order, for its rotary embedding."""
+
+
+def name_of(tensor: str) -> str:
+    """transformers' name of a GGUF tensor; KeyError for one that is not known."""
+    stem, end = tensor.rsplit(".", 1)
+    if not stem.startswith("blk."):
+        return f"{ENDS[stem]}.{end}"
+    _, layer, part = stem.split(".")
+    return f"model.layers.{layer}.{PARTS[part]}.{end}"
+
+
 def _compare(path: Path, reader: Any, model: Any) -> None:
-    """Magnitudes of the file's tensors against the model's, matched by size and sum. Raises ArtifactError."""
-    held = sorted(_magnitudes(reader))
-    taken = sorted(_measure(tensor.detach().double().numpy()) for tensor in model.parameters())
-    if len(held) != len(taken):
-        raise ArtifactError(f"{path} holds {len(held)} tensors, {len(taken)} were taken: transformers misreads it")
-    for (size, magnitude), (size_taken, magnitude_taken) in zip(held, taken, strict=True):
-        if size != size_taken or abs(magnitude - magnitude_taken) > TOLERANCE * magnitude:
-            raise ArtifactError(f"{path}: a tensor of {size:,} elements did not arrive: transformers misreads the file")
+    """Every tensor of the file against the model's, by name and value. Raises ArtifactError.
+
+    Of reordered rows, the sums over rows of their magnitudes.
+    """
+    left = {name: tensor.detach().float().numpy() for name, tensor in model.named_parameters()}
+    for name, values in _tensors(path, reader):
+        taken = left.pop(name, None)
+        if taken is None or taken.shape != values.shape:
+            found = "nothing" if taken is None else f"one of {taken.shape}"
+            raise ArtifactError(f"{path}: {name} of {values.shape} became {found}: transformers misreads the file")
+        if any(part in name for part in REORDERED):
+            values, taken = (np.abs(one).sum(0, dtype=np.float64) for one in (values, taken))
+        if not np.allclose(values, taken, rtol=TOLERANCE, atol=1e-7):
+            raise ArtifactError(f"{path}: {name} did not arrive as the file has it: transformers misreads the file")
+    if left:
+        raise ArtifactError(f"{path} holds no {next(iter(left))}, which the model has: it would stay random")
 
 
-def _magnitudes(reader: Any) -> Iterator[tuple[int, float]]:
+def _tensors(path: Path, reader: Any) -> Iterator[tuple[str, "np.ndarray[Any, np.dtype[Any]]"]]:
     from gguf.quants import dequantize
 
     for tensor in reader.tensors:
-        if not tensor.name.endswith("rope_freqs.weight"):
-            yield _measure(dequantize(tensor.data, tensor.tensor_type).astype(np.float64))
-
-
-def _measure(values: "np.ndarray[Any, np.dtype[np.float64]]") -> tuple[int, float]:
-    return values.size, float(np.abs(values).sum())
+        if tensor.name.endswith("rope_freqs.weight"):
+            continue
+        try:
+            yield name_of(tensor.name), dequantize(tensor.data, tensor.tensor_type)
+        except KeyError:
+            raise ArtifactError(f"{path} holds {tensor.name}, which has no place in a dense model") from None

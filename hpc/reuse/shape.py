@@ -18,6 +18,10 @@ def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:
     """config.json of the sparse model. Raises DataError for an architecture that has no sparse sister."""
     kind, table = str(config.get("model_type")), SHARED if wanted.shared else SPARSE
     target = table.get(kind)
+    if "moe" in kind or any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):
+        raise DataError(
+            f"upcycle: the model ({kind}) is a mixture of experts already: drop upcycle, or take a dense one"
+        )
     if target is None:
         raise DataError(f"upcycle: {kind} has no sparse counterpart here; known are {', '.join(sorted(table))}")
     width = int(config["intermediate_size"])

@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hpc.config.reuse import Upcycle
+from hpc.errors import ArtifactError
 from hpc.reuse.shape import sparse_config
-from hpc.reuse.stored import StoredModel
+from hpc.reuse.stored import EXPERTS, StoredModel
 from hpc.run.directory import write_json
 
 MLP = ("gate_proj", "up_proj", "down_proj")
@@ -97,3 +98,56 @@ def _with_noise(matrix: Tensor, noise: float, random: torch.Generator) -> Tensor
         return matrix
     spread = float(matrix.float().std()) * noise
     return (matrix.float() + spread * torch.randn(matrix.shape, generator=random)).to(matrix.dtype)
+
+
+SLACK = 1.5
+"""Largest accepted noise on a matrix, relative to what was asked for. Another matrix in its place is 1.4 of its own
+standard deviation away."""
+
+
+def verify(source: StoredModel, wanted: Upcycle, folder: Path) -> int:
+    """Read the sparse model back and compare every expert with its part of the dense block; returns how many matrices.
+
+    Logits do not see an expert that the probe's tokens avoid, noise hides it, and large models are not loaded twice:
+    this is exact without noise, and within its bounds with it. Raises ArtifactError that names layer, expert and role.
+    """
+    made, count = StoredModel(folder), 0
+    for name in [name for name in made.shapes if EXPERTS.search(name)]:
+        prefix, role = name.rsplit(".experts.", 1)
+        dense = source.tensor(f"{prefix}.{DENSE_OF[role]}.weight").float()
+        experts = made.tensor(name)
+        if len(experts) != wanted.num_experts:
+            raise ArtifactError(f"{folder}: {name} holds {len(experts)} of {wanted.num_experts} experts")
+        for expert, matrix in enumerate(experts):
+            _verify_part(
+                f"{folder}: {name}, expert {expert}", matrix.float(), _part(dense, role, expert, wanted), wanted
+            )
+            count += 1
+    return count
+
+
+DENSE_OF = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
+
+
+def _part(dense: Tensor, role: str, expert: int, wanted: Upcycle) -> Tensor:
+    """What an expert is made of: rows of gate and up, columns of down."""
+    axis = 1 if role == "w2" else 0
+    size = dense.shape[axis] // wanted.granularity
+    cut = dense.narrow(axis, (wanted.shared + expert % wanted.routed_parts) * size, size)
+    return cut * wanted.routed_parts if role == "w2" else cut
+
+
+def _verify_part(where: str, found: Tensor, part: Tensor, wanted: Upcycle) -> None:
+    if found.shape != part.shape:
+        raise ArtifactError(f"{where} is {tuple(found.shape)}, its part of the dense block is {tuple(part.shape)}")
+    spread = float(part.std())
+    off = float((found - part).square().mean().sqrt())
+    if not off <= (SLACK * wanted.noise + ROUNDING) * spread:
+        raise ArtifactError(
+            f"{where} is not its part of the dense block: {off / spread:.3f} of its standard deviation away, where the "
+            f"noise asked for is {wanted.noise:g}"
+        )
+
+
+ROUNDING = 0.004
+"""Of bf16, relative."""

@@ -9,14 +9,16 @@ from hpc.config import TrainingBase
 from hpc.data.loader import Share
 from hpc.data.store import TokenStore
 from hpc.data.tokenizer import FILES, tokenizer_hash
-from hpc.errors import DataError
+from hpc.errors import ConfigError, DataError
 from hpc.run.task import Context
+from hpc.train.allocator import give_back_freed_memory
 from hpc.train.engine import pick_device, start_process_group
 from hpc.train.watchdog import Watchdog
 
 
 def begin_training(context: Context, settings: TrainingBase) -> Watchdog:
     """The process group, under a watchdog that knows more than a time-out of a collective tells. Collective."""
+    give_back_freed_memory()
     watchdog = Watchdog.start(context, settings.health.hang)
     device = pick_device(context.task.machine.device)
     start_process_group(context.world, device, settings.health.hang.longest_s + 60)
@@ -55,6 +57,30 @@ def mixture(context: Context, settings: TrainingBase) -> tuple[tuple[Share, ...]
             )
     shares = tuple(Share(name, TokenStore(folder / "train"), settings.mixture.get(name, 1.0)) for name, folder in texts)
     return shares, tuple(TokenStore(folder / "held_out") for _, folder in texts)
+
+
+def check_fit(context: Context, config: Any, settings: TrainingBase) -> None:
+    """Whether a model can be trained as asked on the token sets that the stage needs. config: transformers'.
+
+    Raises ConfigError for a layout that its experts do not allow, DataError for ids that it has no embedding for.
+    """
+    name, experts, group = context.inputs("model")[0][0], experts_of(config), settings.parallel.expert_parallel_size
+    if group > 1 and not experts:
+        raise ConfigError(
+            f"parallel.expert_parallel_size = {group}, but {name!r} is a dense model: set it to 1, or upcycle the model"
+        )
+    if experts % group:
+        raise ConfigError(
+            f"parallel.expert_parallel_size = {group} does not divide the {experts} experts of {name!r}: choose a "
+            f"divisor of {experts}"
+        )
+    for text, folder in context.inputs("tokens"):
+        entries = token_facts(folder)["vocab_size"]
+        if entries > config.vocab_size:
+            raise DataError(
+                f"{text!r} was tokenized with {entries:,} entries, {name!r} has embeddings for {config.vocab_size:,}, "
+                f"{entries - config.vocab_size:,} fewer: let {text!r} need the stage that makes the model"
+            )
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:

@@ -15,7 +15,7 @@ from hpc.model.packing import bits_per_weight
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, experts_of, experts_per_token, mixture
+from hpc.stages.common import begin_training, check_fit, experts_of, experts_per_token, mixture
 from hpc.stages.training import training_result
 from hpc.train.loop import Job, on_first_rank, train
 
@@ -31,9 +31,10 @@ def run(context: Context) -> Result:
     stage = context.task.stage
     assert isinstance(stage, Lora)
     settings = stage.train
-    watchdog = begin_training(context, settings)
     name, base = context.inputs("model")[0]
     config = load_config(base)
+    check_fit(context, config, settings)
+    watchdog = begin_training(context, settings)
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()

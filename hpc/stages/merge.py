@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import torch
 
@@ -9,9 +10,45 @@ from hpc.adapt.merge import merge
 from hpc.config import Merge
 from hpc.errors import ArtifactError
 from hpc.model.build import load_model, save_model
+from hpc.model.routing import PASSPORT
+from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files
 from hpc.stages.lora import BASE_FILE
+
+
+def _check_base(name: str, adapter: Path, base_name: str, digest: str) -> list[list[int]]:
+    """Whether an adapter was trained on this base, by the hash of all its files; returns its held-out ids.
+
+    Raises ArtifactError.
+    """
+    try:
+        trained_on = json.loads((adapter / BASE_FILE).read_text(encoding="utf-8"))
+        stage, trained_digest = trained_on["stage"], trained_on["digest"]
+        held_out: list[list[int]] = trained_on["held_out_ids"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ArtifactError(
+            f"adapter {name!r} does not say what it was trained on ({BASE_FILE} cannot be read): only adapters of a "
+            "lora stage are merged"
+        ) from None
+    if trained_digest == digest:
+        return held_out
+    if stage == base_name:
+        raise ArtifactError(
+            f"adapter {name!r} was trained on other weights of {base_name!r} (digest {trained_digest[:12]}, now "
+            f"{digest[:12]}): restore them, or train the adapter again"
+        )
+    raise ArtifactError(f"adapter {name!r} was trained on {stage!r}, not on {base_name!r}: name that one in needs")
+
+
+def _take_passport(base_name: str, base: Path, merged: Path) -> None:
+    """Where tokens went in the base: adapters leave its routers alone, so that is the best guess. It says whose it is.
+
+    What the merged model's tokens do was not measured: its attention is another one.
+    """
+    if (base / PASSPORT).is_file():
+        known = json.loads((base / PASSPORT).read_text(encoding="utf-8"))
+        write_json(merged / PASSPORT, {"measured_on": base_name, **known})
 
 
 def run(context: Context) -> Result:
@@ -22,12 +59,7 @@ def run(context: Context) -> Result:
     adapters = context.inputs("adapter")
     held_out: list[list[int]] = []
     for name, folder in adapters:
-        trained_on = json.loads((folder / BASE_FILE).read_text(encoding="utf-8"))
-        if trained_on["digest"] != context.input_receipt(base_name).digest:
-            raise ArtifactError(
-                f"adapter {name!r} was trained on {trained_on['stage']!r}, not on {base_name!r}: name that one in needs"
-            )
-        held_out += trained_on["held_out_ids"]
+        held_out += _check_base(name, folder, base_name, context.input_receipt(base_name).digest)
     context.progress("merging")
     model = load_model(base)
     probe = torch.tensor([row[: min(map(len, held_out))] for row in held_out])
@@ -40,6 +72,7 @@ def run(context: Context) -> Result:
     shutil.rmtree(staging, ignore_errors=True)
     written = save_model(model.config, dict(merged.model.state_dict()), staging)
     copy_tokenizer_files(base, staging)
+    _take_passport(base_name, base, staging)
     staging.rename(context.directory.artifact)
     compared = f"not measured: {stage.combination} is no sum"
     if difference:

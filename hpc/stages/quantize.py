@@ -13,7 +13,7 @@ from hpc.model.build import FEED_FORWARD, load_model, tensor_group
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
-from hpc.shrink.quantize import check, compare, packed_census, quantize
+from hpc.shrink.quantize import check, check_matrices, compare, packed_census, quantize
 from hpc.stages.common import copy_tokenizer_files
 
 PROBE_LENGTH = 128
@@ -44,9 +44,11 @@ def run(context: Context) -> Result:
 
     context.progress("reading back")
     ids, of_what = _probe(context, config.vocab_size)
-    comparison = compare(model, load_model(staging).eval(), ids)
+    read = load_model(staging).eval()
+    comparison = compare(model, read, ids)
     packed = packed_census(staging)
     check(comparison, packed, matrices, stage.bits)
+    worst = check_matrices(model, read, stage.bits)
     staging.rename(artifact)
 
     weights_before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -60,6 +62,7 @@ def run(context: Context) -> Result:
         "bytes_after": weights_after,
         "artifact_bytes": file_sizes(artifact),
         "kl": comparison.kl,
+        "max_matrix_error": worst,
         "top1_agreement": comparison.top1_agreement,
     }
     read_back = f"measured: artifact read back by transformers against its source, {ids.numel()} {of_what} ids"
@@ -71,6 +74,7 @@ def run(context: Context) -> Result:
         "bytes_after": "measured: weight files of the artifact",
         "artifact_bytes": "measured: all files of the artifact",
         "kl": read_back,
+        "max_matrix_error": "measured: every matrix read back, root mean square relative to its source",
         "top1_agreement": read_back,
     }
     return Result(metrics, provenance, packed, ("torch", "transformers", "auto-round", "compressed-tensors"))

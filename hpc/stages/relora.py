@@ -8,7 +8,7 @@ from hpc.config import Relora
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, experts_of, experts_per_token, mixture
+from hpc.stages.common import begin_training, check_fit, experts_of, experts_per_token, mixture
 from hpc.stages.training import training_result, write_trained
 from hpc.train.engine import Engine
 from hpc.train.loop import Job, train
@@ -19,9 +19,10 @@ def run(context: Context) -> Result:
     stage, seed = context.task.stage, context.task.seed
     assert isinstance(stage, Relora)
     settings = stage.train
-    watchdog = begin_training(context, settings)
     folder = context.inputs("model")[0][1]
     config = load_config(folder)
+    check_fit(context, config, settings)
+    watchdog = begin_training(context, settings)
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()

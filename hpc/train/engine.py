@@ -12,7 +12,8 @@ import logging
 import math
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -130,8 +131,17 @@ def deepspeed_config(
 class Engine:
     """One model in training. Methods marked collective are called by all ranks together."""
 
-    def __init__(self, model: nn.Module, settings: TrainingBase, device: str, *, changes_frozen: bool = False) -> None:
-        """changes_frozen: whether weights that are not trained change all the same, so that checkpoints hold them."""
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainingBase,
+        device: str,
+        *,
+        changes_frozen: bool = False,
+        filled_later: bool = False,
+    ) -> None:
+        """changes_frozen: whether weights that are not trained change all the same, so that checkpoints hold them.
+        filled_later: whether `fill` gives the weights; what it does not is equal on all ranks by its seed."""
         precision = settings.precision
         if precision == "auto":
             precision = "bf16" if device == "cuda" else "fp32"
@@ -147,12 +157,13 @@ class Engine:
         is_packed = isinstance(settings, AdapterTraining) and settings.base_bits is not None
         widths = hollow(model) if is_packed else {}
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._engine, *_ = deepspeed.initialize(
-            model=model,
-            model_parameters=trained,
-            optimizer=lambda _: self._optimizer(model),
-            config=deepspeed_config(settings, precision, self._model_type, device, sum(p.numel() for p in trained)),
-        )
+        with _not_sent() if filled_later else nullcontext():
+            self._engine, *_ = deepspeed.initialize(
+                model=model,
+                model_parameters=trained,
+                optimizer=lambda _: self._optimizer(model),
+                config=deepspeed_config(settings, precision, self._model_type, device, sum(p.numel() for p in trained)),
+            )
         self.module: nn.Module = self._engine.module
         settle(self.module, widths)
         use_backend(self.module, settings.expert_compute)
@@ -423,6 +434,19 @@ class Engine:
             parts, local.contiguous(), group=deepspeed.utils.groups._get_expert_parallel_group(f"ep_size_{size}")
         )
         return torch.cat(parts).cpu()
+
+
+@contextmanager
+def _not_sent() -> Iterator[None]:
+    """Keep DeepSpeed from sending rank 0's weights to all ranks at its start: where they are about to be filled in it
+    would touch memory that nobody needs, under ZeRO-3 the whole model on every rank but the first."""
+    engine: Any = deepspeed.DeepSpeedEngine
+    send = engine._broadcast_model
+    engine._broadcast_model = lambda _: None
+    try:
+        yield
+    finally:
+        engine._broadcast_model = send
 
 
 def _muon(groups: list[dict[str, Any]], device: str) -> torch.optim.Optimizer:

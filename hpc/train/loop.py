@@ -30,6 +30,7 @@ from hpc.run.receipt import digest
 from hpc.run.task import Context, asked_to_learn
 from hpc.tracking.metrics import replayed_steps, value_at
 from hpc.train import corruption
+from hpc.train.allocator import keep_freed_memory
 from hpc.train.checkpoint import Checkpoints, checkpoint_facts
 from hpc.train.engine import Engine
 from hpc.train.fragments import Rename, Source
@@ -113,7 +114,13 @@ class _Loop:
         self.device = "cuda" if dist.get_backend() == "nccl" else "cpu"
         context.progress("building the engine")
         context.phase("compile")
-        self.engine = Engine(job.model, settings, self.device, changes_frozen=job.restart is not None)
+        self.engine = Engine(
+            job.model,
+            settings,
+            self.device,
+            changes_frozen=job.restart is not None,
+            filled_later=job.weights is not None,
+        )
         self.probe = RouterProbe(self.engine.module)
         self.loader = Loader(
             job.train_tokens,
@@ -157,6 +164,7 @@ class _Loop:
 
     def run(self) -> Trained:
         step = self._resume()
+        keep_freed_memory()
         settings, health = self.settings, self.settings.health
         if health.rehearse and step < settings.steps:
             self._rehearse(step)

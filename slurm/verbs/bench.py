@@ -107,6 +107,26 @@ def bench_plan(rows: Path | None, fit: bool, as_json: bool) -> None:
         click.echo(json.dumps(found))
 
 
+@bench.command("reuse")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(1), help="Turns of each loader.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Where the checkpoint of 0.9 GB is written meanwhile; a temporary one by default.",
+)
+@JSON
+def bench_reuse(rounds: int, folder: Path | None, as_json: bool) -> None:
+    """The most memory that a rank holds while a checkpoint is loaded, against what it keeps; and from_pretrained."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from hpc.bench.reuse import measure, show
+    from slurm.submit import RANK_ENVIRONMENT
+
+    found = measure(RANK_ENVIRONMENT, rounds=rounds, say=click.echo, folder=folder)
+    click.echo(show(found))
+    if as_json:
+        click.echo(json.dumps(found))
+
+
 @bench.command("wandb")
 @click.option("--rounds", default=16, show_default=True, type=click.IntRange(1), help="Turns of each trainer.")
 @click.option("--steps", default=20, show_default=True, type=click.IntRange(1), help="Steps of a turn.")

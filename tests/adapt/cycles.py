@@ -14,9 +14,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hpc.adapt import relora
 from hpc.adapt.lora import attach, base_name, train_unadapted
 from hpc.adapt.relora import adapted_matrices, restart
 from hpc.config.train import ReloraTraining
+from hpc.errors import StageError
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.task import World
@@ -52,7 +54,7 @@ def cycles(case: str, folder: Path, world: World) -> dict[str, Any]:
     settings = settings_for(case, world)
     model = attach(empty_model(load_config(folder)), settings, 1, world.rank)
     train_unadapted(model)
-    engine = Engine(model, settings, "cpu", changes_frozen=True)
+    engine = Engine(model, settings, "cpu", changes_frozen=True, filled_later=True)
     engine.fill(StoredModel(folder), base_name)
     ep, zero, prune, *more = case.split("/")
     kept = Checkpoints(folder.parent / f"kept-{ep}-{zero}-{prune}", world, {}, keep=9)
@@ -93,11 +95,39 @@ def cycles(case: str, folder: Path, world: World) -> dict[str, Any]:
             "exact": exact}  # fmt: skip
 
 
+def refused(case: str, folder: Path, world: World) -> str:
+    """What a restart says when the optimizer keeps its moments, or loses those of other parameters."""
+    settings = settings_for(case, world)
+    model = attach(empty_model(load_config(folder)), settings, 1, world.rank)
+    train_unadapted(model)
+    engine = Engine(model, settings, "cpu", changes_frozen=True, filled_later=True)
+    engine.fill(StoredModel(folder), base_name)
+    engine.backward(engine.loss(IDS[:, :-1], IDS[:, 1:]))
+    engine.step(3e-3)
+    forget = relora._forget
+
+    def damaged(engine: Engine, *rest: Any) -> None:
+        if not case.endswith("stale"):
+            forget(engine, *rest)
+            engine.moments()["model.norm.weight"].values["exp_avg"].zero_()
+
+    relora._forget = damaged
+    try:
+        restart(engine, EVERY, 1, settings.prune, settings.prune_ratio)
+    except StageError as error:
+        return str(error)
+    finally:
+        relora._forget = forget
+    return "accepted"
+
+
 if __name__ == "__main__":
     out, source, cases = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
     place = World(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"]))
     start_process_group(place, "cpu")
-    told = {name: cycles(name, source, place) for name in cases}
+    told: dict[str, Any] = {
+        name: (refused if name.endswith(("stale", "others")) else cycles)(name, source, place) for name in cases
+    }
     if place.is_first:
         out.write_text(json.dumps(told))
     dist.barrier()

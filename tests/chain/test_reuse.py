@@ -91,6 +91,8 @@ def metrics(run: Path, stage: str) -> dict[str, Any]:
 
 def test_the_upcycled_model_begins_where_the_dense_one_is(done: Path) -> None:
     assert metrics(done, "sparse")["max_abs_logit_difference"] < 1e-5
+    assert metrics(done, "sparse")["expert_matrices_compared"] == 24
+    assert 3 < metrics(done, "dense")["bits_per_byte"] < 4.5  # a guess: 9 bits a token, of 2 to 3 bytes
     before = metrics(done, "tuned")["heldout_loss_before"]
     dense = metrics(done, "evaluate")["models"]["dense"]["text"]["loss"]
     assert before == pytest.approx(dense, abs=2e-3)  # other windows, the same model
@@ -109,11 +111,15 @@ def test_adapters_learn_their_task_on_experts_that_the_passport_names(done: Path
     assert merged["max_abs_logit_difference"] < 1e-5
     assert merged["expert_matrices_adapted"] == 16
     assert merged["expert_matrices_changed"] < 16  # the union of two halves
+    folders = [done / f"stages/{name}/artifact" for name in ("tuned", "merge")]
+    passports = [json.loads((folder / "router_passport.json").read_text()) for folder in folders]
+    assert passports[1] == {"measured_on": "tuned", **passports[0]}
 
 
 def test_the_merged_model_is_better_at_the_conversation_and_the_quantized_one_no_worse(done: Path) -> None:
     models = metrics(done, "evaluate")["models"]
     assert models["merge"]["talk"]["loss"] < models["tuned"]["talk"]["loss"]
+    assert 0.02 < metrics(done, "quantize")["max_matrix_error"] < 0.2
     assert models["quantize"]["talk"]["loss"] < models["merge"]["talk"]["loss"] * 1.05
     assert models["merge"]["talk"]["bits_per_byte"] is None  # only answers are measured
 
@@ -142,6 +148,25 @@ def test_a_checkpoint_that_lacks_an_expert_is_refused_by_name(done: Path, tmp_pa
     result = launch("run", tmp_path / "x.yaml")
     assert result.returncode == 4
     assert "layers.0.mlp.experts.w2" in result.stderr
+
+
+def test_gate_and_up_swapped_in_one_expert_between_two_stages_is_damage(done: Path, launch: Launch) -> None:
+    config = yaml.safe_load((done / "config.yaml").read_text())
+    config["stages"].append({"name": "later", "kind": "merge", "needs": ["tuned", "lora-text"]})
+    path = done.parent / "later.yaml"
+    path.write_text(yaml.safe_dump(config))
+    file = done / "stages/tuned/artifact/model.safetensors"
+    sound = file.read_bytes()
+    tensors = load_file(file)
+    gate, up = (f"model.layers.1.block_sparse_moe.experts.2.{name}.weight" for name in ("w1", "w3"))
+    tensors[gate], tensors[up] = tensors[up], tensors[gate]
+    save_file(tensors, file, {"format": "pt"})
+    try:
+        result = launch("run", path)
+    finally:
+        file.write_bytes(sound)
+    assert result.returncode == 4, result.stdout + result.stderr
+    assert f"{file} is damaged" in result.stderr
 
 
 def on_sparse(folder: Path, done: Path, kind: str, settings: dict[str, Any]) -> Path:

@@ -133,3 +133,8 @@ def test_a_line_that_is_no_conversation_is_named(tmp_path: Path) -> None:
     source = {"files": [str(tmp_path / "talk.jsonl")], "format": "chat"}
     with pytest.raises(DataError, match=r"talk.jsonl:2: not a conversation"):
         prepare_sources(tmp_path / "run", [source])
+
+
+def test_a_conversation_that_begins_with_an_answer_learns_no_token_from_the_one_before() -> None:
+    assert answer_mask([(0, 3), (3, 5), (5, 9), (9, 12)], [(0, 5), (9, 12)]) == [0, 1, 0, 1]
+    assert answer_mask([], [(0, 5)]) == []

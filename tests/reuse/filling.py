@@ -40,7 +40,7 @@ def fill(case: str, folder: Path, world: World) -> dict[str, Any]:
     model: Any = empty_model(load_config(folder))
     if isinstance(settings, AdapterTraining):
         model = attach(model, settings, 1, world.rank)
-    engine = Engine(model, settings, "cpu")
+    engine = Engine(model, settings, "cpu", filled_later=True)
     engine.fill(StoredModel(folder), base_name if more else str)
     grown = resident_bytes() - before
     ids = torch.arange(16).view(1, 16)
