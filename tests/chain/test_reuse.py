@@ -4,6 +4,7 @@ and low-rank training that is killed on its way."""
 import json
 import os
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,7 +220,7 @@ def test_low_rank_training_killed_on_its_way_ends_with_the_same_bits(
     process = start(killed)
     rows = killed.parent / f"cycles/stages/{kind}/metrics.jsonl"
     while process.poll() is None and not (rows.exists() and '"step": 10,' in rows.read_text()):
-        pass
+        time.sleep(0.05)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     result = launch("run", killed)
