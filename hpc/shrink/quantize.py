@@ -121,29 +121,39 @@ def check_matrices(source: PreTrainedModel, quantized: PreTrainedModel, bits: in
 
     The divergence of a whole model hardly moves when one expert of many is wrong. Raises ArtifactError that names it.
     """
-    held, worst = dict(quantized.named_parameters()), 0.0
-    for name, wanted in source.named_parameters():
-        found = held[name]
-        for part, (first, second) in enumerate(zip(_matrices(name, wanted), _matrices(name, found), strict=True)):
-            size = first.square().sum().sqrt()
-            error = float((first - second).square().sum().sqrt() / size) if size else float(second.abs().max())
-            if not error <= MATRIX_LIMIT[bits]:
-                raise ArtifactError(
-                    f"the quantized model read back has another {name} (matrix {part}): {error:.2f} of its size away, "
-                    f"accepted is {MATRIX_LIMIT[bits]} at {bits} bits: the artifact is refused"
-                )
-            worst = max(worst, error)
+    held, worst = dict(_matrices(quantized)), 0.0
+    for name, wanted in _matrices(source):
+        if name not in held:
+            raise ArtifactError(f"the quantized model read back has no {name}: the artifact is refused")
+        first, second = wanted.detach().float(), held[name].detach().float()
+        size = first.square().sum().sqrt()
+        error = float((first - second).square().sum().sqrt() / size) if size else float(second.abs().max())
+        if not error <= MATRIX_LIMIT[bits]:
+            raise ArtifactError(
+                f"the quantized model read back has another {name}: {error:.2f} of its size away, accepted is "
+                f"{MATRIX_LIMIT[bits]} at {bits} bits: the artifact is refused"
+            )
+        worst = max(worst, error)
     return worst
 
 
-def _matrices(name: str, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """A parameter as the matrices that it is made of: of fused experts gate and up of the first, then of the next."""
-    values = parameter.detach().float()
-    if values.dim() < 3:
-        yield values
-    else:
-        for expert in values:
-            yield from expert.chunk(2) if name.endswith("gate_up_proj") else (expert,)
+def _matrices(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """Parameters with their names, an expert's matrices by themselves.
+
+    transformers fuses experts; once auto-round was at work in a process it may keep them as a list of modules instead.
+    """
+    for name, parameter in model.named_parameters():
+        layer, part = name.rsplit(".", 1)
+        if parameter.dim() < 3:
+            yield name, parameter
+            continue
+        for expert, matrix in enumerate(parameter):
+            if part == "gate_up_proj":
+                gate, up = matrix.chunk(2)
+                yield f"{layer}.{expert}.gate_proj.weight", gate
+                yield f"{layer}.{expert}.up_proj.weight", up
+            else:
+                yield f"{layer}.{expert}.{part}.weight", matrix
 
 
 def check(comparison: Comparison, packed: dict[str, Any], matrices: dict[str, int], bits: int) -> None:
