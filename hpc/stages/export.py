@@ -3,8 +3,6 @@
 import shutil
 from pathlib import Path
 
-from hpc.adapt.lora import attach, base_name
-from hpc.adapt.relora import merge_in_place
 from hpc.config import Finetune, Parallel, Pretrain, Relora
 from hpc.errors import ArtifactError, ConfigError
 from hpc.model.build import empty_model, load_config, model_config
@@ -84,6 +82,9 @@ def _export_checkpoint(run: RunDirectory, task: TaskFile, step: int | None, stag
         tokenizer = inputs["model"]
     model = empty_model(config)
     if isinstance(stage, Relora):
+        from hpc.adapt.lora import attach, base_name  # slow to load, and only needed here
+        from hpc.adapt.relora import merge_in_place
+
         undivided = stage.train.model_copy(update={"parallel": Parallel()})
         export_checkpoint(folder, attach(model, undivided, seed=0), config, staging, merge_in_place, base_name)
     else:
