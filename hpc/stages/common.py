@@ -11,18 +11,6 @@ from hpc.data.store import TokenStore
 from hpc.data.tokenizer import FILES, tokenizer_hash
 from hpc.errors import ConfigError, DataError
 from hpc.run.task import Context
-from hpc.train.allocator import give_back_freed_memory
-from hpc.train.engine import pick_device, start_process_group
-from hpc.train.watchdog import Watchdog
-
-
-def begin_training(context: Context, settings: TrainingBase) -> Watchdog:
-    """The process group, under a watchdog that knows more than a time-out of a collective tells. Collective."""
-    give_back_freed_memory()
-    watchdog = Watchdog.start(context, settings.health.hang)
-    device = pick_device(context.task.machine.device)
-    start_process_group(context.world, device, settings.health.hang.longest_s + 60)
-    return watchdog
 
 
 def experts_per_token(config: Any) -> int:

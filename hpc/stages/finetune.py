@@ -4,8 +4,8 @@ from hpc.config import Finetune
 from hpc.model.build import empty_model, load_config
 from hpc.reuse.stored import StoredModel
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, check_fit, experts_per_token, mixture
-from hpc.stages.training import training_result, write_trained
+from hpc.stages.common import check_fit, experts_per_token, mixture
+from hpc.stages.training import begin_training, training_result, write_trained
 from hpc.train.loop import Job, train
 
 

@@ -15,8 +15,8 @@ from hpc.model.packing import bits_per_weight
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, check_fit, experts_of, experts_per_token, mixture
-from hpc.stages.training import training_result
+from hpc.stages.common import check_fit, experts_of, experts_per_token, mixture
+from hpc.stages.training import begin_training, training_result
 from hpc.train.loop import Job, on_first_rank, train
 
 BASE_FILE = "base.json"

@@ -5,8 +5,8 @@ from hpc.model.build import build_model, model_config
 from hpc.plan.flops import training_flops_per_token
 from hpc.plan.params import count
 from hpc.run.task import Context, Result
-from hpc.stages.common import begin_training, mixture, token_facts
-from hpc.stages.training import training_result, write_trained
+from hpc.stages.common import mixture, token_facts
+from hpc.stages.training import begin_training, training_result, write_trained
 from hpc.train.loop import Job, train
 
 

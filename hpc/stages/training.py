@@ -1,19 +1,32 @@
-"""What the training stages end with: the model on disk, and the figures of their receipt."""
+"""What the training stages begin and end with: their ranks; the model on disk, and the figures of their receipt."""
 
 import math
 import shutil
 from pathlib import Path
 from typing import Any
 
+from hpc.config import TrainingBase
 from hpc.data.loader import epochs
 from hpc.model.build import save_model
 from hpc.model.routing import PASSPORT
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
 from hpc.stages.common import copy_tokenizer_files
+from hpc.train.allocator import give_back_freed_memory
+from hpc.train.engine import pick_device, start_process_group
 from hpc.train.fragments import Rename
 from hpc.train.health import HEALTH_PROVENANCE
 from hpc.train.loop import Job, Trained, on_first_rank
+from hpc.train.watchdog import Watchdog
+
+
+def begin_training(context: Context, settings: TrainingBase) -> Watchdog:
+    """The process group, under a watchdog that knows more than a time-out of a collective tells. Collective."""
+    give_back_freed_memory()
+    watchdog = Watchdog.start(context, settings.health.hang)
+    device = pick_device(context.task.machine.device)
+    start_process_group(context.world, device, settings.health.hang.longest_s + 60)
+    return watchdog
 
 
 def write_trained(
