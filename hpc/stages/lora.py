@@ -71,7 +71,7 @@ def run(context: Context) -> Result:
     on_first_rank(context.world.is_first, write)
     shape = {
         "trainable_params": (trainable, "measured: counted over the adapters"),
-        "base_bits": (settings.base_bits, "configured: null is full precision"),
+        "base_bits": (settings.base_bits, "derived: from the configuration; null is full precision"),
         "base_bits_per_weight": (
             bits_per_weight(trained.engine.module),
             "measured: bytes of packed matrices on rank 0, null where nothing is packed",
