@@ -2,8 +2,11 @@
 
     y[n] = (W[e] + alpha / r * B[e] A[e]) x[n]        computed as W[e] x + alpha / r * B[e] (A[e] x)
 
-No matrix of the experts' size is made, neither forward nor backward. The adapters are modules of their own beside the
-MoE block of a layer: DeepSpeed may replace the block, and ZeRO 3 gathers what a module needs when it is called.
+Both products are torch's own also where oneDNN is the faster one (hpc/model/products.py): they are small, and a kernel
+compiled for each number of rows costs more time and memory than it saves (a third of the speed and half of the memory
+of the quickstart's adapters). No matrix of the experts' size is made, neither forward nor backward. The adapters are
+modules of their own beside the MoE block of a layer: DeepSpeed may replace the block, and ZeRO 3 gathers what a module
+needs when it is called.
 
 Shape letters: N rows sorted by expert, E experts, R rank, D input and O output width, H hidden, I intermediate.
 """
@@ -13,8 +16,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
-
-from hpc.model.products import linear, serves
+from torch.nn.functional import linear
 
 PLACE = "adapter"
 """Name of the adapters in a decoder layer: model.layers.3.adapter.experts.gate_up.A"""
@@ -36,7 +38,7 @@ class LowRank(nn.Module):
         counts = counts_E.tolist()
         parts = []
         for expert, rows in enumerate(x_ND[: sum(counts)].split(counts)):
-            y = _product(_product(rows, self.A[expert]), self.B[expert]) * self.scale
+            y = linear(linear(rows, self.A[expert]), self.B[expert]) * self.scale
             parts.append(y if self.adapted is None or self.adapted[expert] else y * 0.0)
         parts.append(x_ND.new_zeros(x_ND.shape[0] - sum(counts), self.B.shape[1]))
         return torch.cat(parts)
@@ -63,12 +65,6 @@ class Beside(nn.Module):
     def __init__(self, experts: ExpertAdapters) -> None:
         super().__init__()
         self.experts = experts
-
-
-def _product(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
-    if len(x_ND) and serves(x_ND.device, x_ND.dtype):
-        return linear(x_ND, weight_OD)
-    return nn.functional.linear(x_ND, weight_OD)
 
 
 def first_A(num_experts: int, rank: int, width: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from hpc.errors import ConfigError
-from hpc.model.products import product
+from hpc.model.products import padded_product
 
 BLOCK = 64
 """Weights that share a scale."""
@@ -117,12 +117,12 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, matrix: FourBitMatrix) -> Tensor:
         ctx.matrix = matrix
-        return product(x_ND, matrix.unpack(x_ND.dtype))
+        return padded_product(x_ND, matrix.unpack(x_ND.dtype))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         gradient_NO = gradients[0].contiguous()
-        return product(gradient_NO, ctx.matrix.unpack(gradient_NO.dtype).T), None
+        return padded_product(gradient_NO, ctx.matrix.unpack(gradient_NO.dtype).T), None
 
 
 _product: Callable[[Tensor, FourBitMatrix], Tensor] = _Product.apply

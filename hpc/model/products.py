@@ -50,6 +50,12 @@ def padded(rows: int) -> int:
     return -(-rows // grain) * grain
 
 
+def padded_product(x_ND: Tensor, weight_OD: Tensor) -> Tensor:
+    """`product` of a number of rows that changes from call to call, with zeros up to the next of few numbers."""
+    rows = len(x_ND)
+    return product(torch.nn.functional.pad(x_ND, (0, 0, 0, padded(rows) - rows)), weight_OD)[:rows]
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_OD: Tensor) -> Tensor:

@@ -4,11 +4,13 @@ All constants are measured, with torch 2.13, DeepSpeed 0.19.8 and glibc 2.36 und
 (slurm/submit.py), on a processor with AVX-512; `hpc/bench/step.py` measures them again.
 """
 
-from hpc.config import Model, Router, TrainingBase
+from hpc.config import AdapterTraining, Model, Router, TrainingBase
 
 MIB = 2**20
 PROCESS_BYTES = 365 * MIB
 """Resident after the libraries are imported and the process group is joined."""
+ADAPTER_LIBRARY_BYTES = 54 * MIB
+"""peft, and bitsandbytes where it is installed: what a process that trains adapters has loaded besides."""
 KERNEL_BYTES = 0.57 * MIB
 """Of one matrix product that oneDNN has compiled: two code buffers of 256 KiB and their descriptors."""
 MOST_KERNELS = 1024
@@ -44,6 +46,8 @@ def kernel_bytes(model: Model, router: Router, settings: TrainingBase, precision
     counts = possible * visits / (visits + HALF * possible)
     is_square = model.hidden_size == model.expert_size
     products = (3 if is_square else 6) if group > 1 else 6
+    if isinstance(settings, AdapterTraining):  # torch's own products, but for matrices unpacked from four bits
+        products = 0 if settings.base_bits is None else (2 if is_square else 4)
     return KERNEL_BYTES * min(MOST_KERNELS, FIXED_KERNELS + counts * products)
 
 

@@ -213,8 +213,8 @@ def render(found: Twin) -> str:
         stages = merged.pop((cut.setting, cut.recipe, cut.rehearsal), None)
         if stages:
             rows.append(replace(cut, stage=", ".join(stages) or "run"))
-    cells = [(row.stage or "run", row.setting, row.recipe, row.rehearsal) for row in rows]
-    cells = [tuple(cell if len(cell) <= 60 else cell[:57] + "..." for cell in row) for row in cells]  # type: ignore[misc]
+    texts = [(row.stage or "run", row.setting, row.recipe, row.rehearsal) for row in rows]
+    cells = [[text if len(text) <= 60 else text[:57] + "..." for text in row] for row in texts]
     widths = [max(len(row[column]) for row in cells) for column in range(4)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
     lines.insert(1, "-" * (sum(widths) + 6))

@@ -56,17 +56,10 @@ def test_planned_tensors_are_those_that_real_steps_allocate(layout: Any) -> None
     assert planned(settings, facts).tensors == pytest.approx(max(found.tensor_bytes), rel=0.1)
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "pretrain",
-        pytest.param("lora", marks=pytest.mark.xfail(reason="planned 17 % below what was measured")),
-    ],
-)
-def test_planned_memory_is_what_the_ranks_of_the_quickstart_come_to_hold(quickstart: Path, kind: str) -> None:
+def test_planned_memory_is_what_the_ranks_of_the_quickstart_come_to_hold(quickstart: Path) -> None:
     planned = json.loads((quickstart / "plan.json").read_text())["stages"]
     for stage in planned:
-        if stage["kind"] == kind:
+        if stage["memory"] is not None:
             receipt = json.loads((quickstart / "stages" / stage["name"] / "receipt.json").read_text())
             assert stage["memory_per_rank"]["value"] == pytest.approx(receipt["metrics"]["peak_memory_bytes"], rel=0.1)
 
