@@ -22,7 +22,8 @@ from hpc.plan.params import Parameters, attention_matrices, count_adapter
 from hpc.plan.process import ADAPTER_LIBRARY_BYTES, HEAP_SLACK, PROCESS_BYTES, kernel_bytes
 
 REDUCE_BUCKET = 100_000_000
-"""Elements of the buffer in which gradients are exchanged (hpc/train/engine.py), at most as many as are trained."""
+"""Elements of the buffer in which gradients are exchanged (hpc/train/deepspeed_config.py), at most as many as
+are trained."""
 LIVE_PARAMETERS = 1_050_000_000
 """Parameters that ZeRO 3 keeps gathered at a time: stage3_max_live_parameters and stage3_prefetch_bucket_size."""
 PACKED_BITS = 4 + 8 / 64 + 32 / (64 * 256)

@@ -12,6 +12,9 @@ from hpc.data.tokenizer import FILES, tokenizer_hash
 from hpc.errors import ConfigError, DataError
 from hpc.run.task import Context
 
+BASE_FILE = "base.json"
+"""Says which model an adapter belongs to, `merge` refuses another one; and some held-out ids to try a merge on."""
+
 
 def experts_per_token(config: Any) -> int:
     """Experts that a token of a transformers model uses, 0 for a dense one."""

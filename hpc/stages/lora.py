@@ -15,12 +15,9 @@ from hpc.model.packing import bits_per_weight
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import check_fit, experts_of, experts_per_token, mixture
+from hpc.stages.common import BASE_FILE, check_fit, experts_of, experts_per_token, mixture
 from hpc.stages.training import begin_training, training_result
 from hpc.train.loop import Job, on_first_rank, train
-
-BASE_FILE = "base.json"
-"""Says which model an adapter belongs to, `merge` refuses another one; and some held-out ids to try a merge on."""
 
 PROBE_IDS = 64
 """Held-out ids of each text that go along."""

@@ -13,8 +13,7 @@ from hpc.model.build import load_model, save_model
 from hpc.model.routing import PASSPORT
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.stages.common import copy_tokenizer_files
-from hpc.stages.lora import BASE_FILE
+from hpc.stages.common import BASE_FILE, copy_tokenizer_files
 
 
 def _check_base(name: str, adapter: Path, base_name: str, digest: str) -> list[list[int]]:

@@ -43,7 +43,9 @@ def settings_for(case: str, world: World) -> AdapterTraining:
 
 def trained(case: str, folder: Path, world: World) -> dict[str, Any]:
     settings = settings_for(case, world)
-    engine = Engine(attach(empty_model(load_config(folder)), settings, 1, world.rank), settings, "cpu")
+    engine = Engine(
+        attach(empty_model(load_config(folder)), settings, 1, world.rank), settings, "cpu", filled_later=True
+    )
     engine.fill(StoredModel(folder), base_name)
     *layout, last = case.split("/")
     kept = Checkpoints(folder.parent / f"kept-{'-'.join(layout)}", world, {}, keep=9)

@@ -1,9 +1,5 @@
 """A base in four bits under LoRA: packed rightly, really packed, computed with exactly, alike in every layout."""
 
-import json
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +21,7 @@ from hpc.reuse.stored import StoredModel
 from hpc.train.fragments import logical_name
 from tests.adapt.packed import SAVED
 from tests.adapt.test_merge import LATENT
-from tests.conftest import ROOT
+from tests.ranks import on_ranks
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -207,29 +203,9 @@ CASES = ["2/2/4/none/save", "2/2/4/none/resume", "1/1/4/none/whole", "2/1/4/atte
          "2/1/32/none/whole"]  # fmt: skip
 
 
-def on_ranks(ranks: int, folder: Path, out: Path, cases: list[str]) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.adapt.packed", str(out), str(folder), *cases]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=300)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), told[0][-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
-
-
 @pytest.fixture(scope="module")
 def found(moe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return on_ranks(2, moe, tmp_path_factory.mktemp("packed") / "out.json", CASES)
+    return on_ranks(2, "tests.adapt.packed", tmp_path_factory.mktemp("packed") / "out.json", moe, *CASES)
 
 
 def test_every_layout_packs_the_same_bits_and_has_the_same_curve(found: dict[str, Any]) -> None:
@@ -264,7 +240,7 @@ def test_no_rank_ever_holds_the_base_in_full(tmp_path: Path) -> None:
     peaks = []
     for bits in ("4", "32"):
         case = f"1/1/{bits}/none/whole"
-        peaks.append(on_ranks(1, folder, tmp_path / "out.json", [case])[case]["peak_gib"])
+        peaks.append(on_ranks(1, "tests.adapt.packed", tmp_path / "out.json", folder, case)[case]["peak_gib"])
     weights = sum(v.numel() for name, v in load_model(folder).state_dict().items() if "_proj" in name)
     print(f"peak {peaks[0]:.3f} GiB packed, {peaks[1]:.3f} GiB in full, {weights:,} weights")
     assert 2**30 * (peaks[1] - peaks[0]) > 0.5 * (4 - 4.127 / 8) * weights  # the rest: holes in the heap

@@ -1,11 +1,6 @@
 """ReLoRA on real process groups: merging is exact, updates add up to a higher rank, the optimizer forgets what it
 should, and nothing of it depends on the layout or on an interruption."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 from tests.adapt.cycles import CYCLES, EVERY, RANK
-from tests.conftest import ROOT
+from tests.ranks import on_ranks
 
 REFUSED = ("1/1/magnitude/stale", "1/1/zero/others")
 CASES = {
@@ -25,24 +20,8 @@ CASES = {
 
 
 def run(ranks: int, folder: Path, cases: list[str]) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     out = folder.parent / f"cycles-{ranks}.json"
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.adapt.cycles", str(out), str(folder), *cases]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(ranks)
-    ]  # fmt: skip
-    told = [process.communicate(timeout=600)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), told[0][-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return on_ranks(ranks, "tests.adapt.cycles", out, folder, *cases)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from hpc.reuse.shape import sparse_config
 from hpc.reuse.stored import StoredModel
 from hpc.reuse.upcycle import upcycle, verify
 from hpc.shrink.quantize import KL_LIMIT, check_matrices, compare
-from hpc.stages.lora import BASE_FILE
+from hpc.stages.common import BASE_FILE
 from hpc.stages.merge import _check_base, _take_passport
 from hpc.stages.reuse import _census, _check_sense
 

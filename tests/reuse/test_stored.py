@@ -1,10 +1,6 @@
 """Checkpoints read range by range: every element, in every layout, and what is missing is named."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, Qwen2
 
 from hpc.errors import ArtifactError, DataError
 from hpc.reuse.stored import StoredModel, logical_parameters
-from tests.conftest import ROOT
+from tests.ranks import on_ranks
 
 SHAPE: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -106,24 +102,7 @@ def test_code_and_pickles_are_refused(tmp_path: Path) -> None:
 
 def filled(kind: str, folder: Path, cases: list[str]) -> dict[str, Any]:
     """tests.reuse.filling on two ranks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = folder.parent / f"{kind}.json"
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "LOCAL_SIZE": "2", "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
-    command = [sys.executable, "-m", "tests.reuse.filling", str(out), str(folder), *cases]
-    ranks = [
-        subprocess.Popen(
-            command, cwd=ROOT, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    told = [rank.communicate(timeout=600)[0] for rank in ranks]
-    assert all(rank.returncode == 0 for rank in ranks), told[0][-3000:]
-    found: dict[str, Any] = json.loads(out.read_text())
-    return found
+    return on_ranks(2, "tests.reuse.filling", folder.parent / f"{kind}.json", folder, *cases)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import deepspeed
 
 from hpc.config.load import load_config
-from hpc.train.engine import deepspeed_config
+from hpc.train.deepspeed_config import deepspeed_config
 
 
 def test_expert_parallelism_is_asked_for_by_the_key_that_deepspeed_reads(root: Path) -> None:

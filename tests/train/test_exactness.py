@@ -1,17 +1,12 @@
 """One model, one curve, whatever the layout: ranks x expert parallelism x ZeRO x clipping x accumulation."""
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import ROOT
+from tests.ranks import on_ranks
 
 Curves = dict[str, dict[str, Any]]
 BASE = "1/1"
@@ -41,35 +36,7 @@ REFERENCES = [f"1/1/{clip}/1/qwen3_moe/sgd/plain" for clip in ("clip", "free")]
 
 
 def launch(ranks: int, folder: Path, asked: list[str], *options: object) -> Curves:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    out = folder / f"curves-{ranks}.json"
-    command = [
-        sys.executable,
-        "-m",
-        "tests.train.exactness",
-        str(out),
-        *map(str, options),
-        *asked,
-    ]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
-    processes = [
-        subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-    outputs = [process.communicate(timeout=900)[0] for process in processes]
-    assert all(process.returncode == 0 for process in processes), outputs[0][-3000:]
-    found: Curves = json.loads(out.read_text())
-    return found
+    return on_ranks(ranks, "tests.train.exactness", folder / f"curves-{ranks}.json", *options, *asked)
 
 
 @pytest.fixture(scope="module")
