@@ -19,7 +19,7 @@ from hpc.plan.activations import FP32, Activations, activations
 from hpc.plan.facts import Facts
 from hpc.plan.imbalance import Imbalance, imbalance
 from hpc.plan.params import Parameters, attention_matrices, count_adapter
-from hpc.plan.process import ADAPTER_LIBRARY_BYTES, HEAP_SLACK, PROCESS_BYTES, kernel_bytes
+from hpc.plan.process import ADAPTER_HOLES_BYTES, ADAPTER_LIBRARY_BYTES, HEAP_SLACK, PROCESS_BYTES, kernel_bytes
 
 REDUCE_BUCKET = 100_000_000
 """Elements of the buffer in which gradients are exchanged (hpc/train/deepspeed_config.py), at most as many as
@@ -110,8 +110,8 @@ def training_memory(
     if on_cpu:
         kernels = kernel_bytes(facts.model, facts.router, settings, precision, load.p99)
         heap = (*copy, Part("kernels", kernels, "oneDNN: kernels x 0.57 MiB, measured"))
-        libraries = ADAPTER_LIBRARY_BYTES if isinstance(settings, AdapterTraining) else 0
-        process = Part("process", PROCESS_BYTES + libraries, "interpreter and libraries: measured")
+        more = ADAPTER_LIBRARY_BYTES + ADAPTER_HOLES_BYTES if isinstance(settings, AdapterTraining) else 0
+        process = Part("process", PROCESS_BYTES + more, "interpreter, libraries, holes of adapters: measured")
     return Memory(
         states=tuple(_states(settings, sizes, on_cpu=on_cpu)),
         passes=tuple(_passes(facts, settings, sizes, kept, load.p99, on_cpu=on_cpu)),
