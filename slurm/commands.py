@@ -1,6 +1,7 @@
 """The door to Slurm's commands: short calls, their tables read into rows, and their refusals told in one line."""
 
 import getpass
+import os
 import re
 import shutil
 import subprocess
@@ -124,6 +125,15 @@ def partition(name: str | None) -> dict[str, str]:
         if fields.get("PartitionName") == name or (name is None and fields.get("Default") == "YES"):
             return fields
     return {}
+
+
+def this_job() -> str:
+    """The job that this process is in, as Slurm's commands take it: ARRAY_TASK in an array.
+
+    The plain number of an array's last task is that of the whole array as well: a requeue by it ends all tasks (22.05).
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
 
 
 def job_state(job: str) -> str:

@@ -113,7 +113,10 @@ def _again(
 
 
 def conclude(run: RunDirectory, stage: str, job: str, log: Path) -> Verdict:
-    """Judge the attempt that has just ended in job `job`, record the verdict and requeue when it says so."""
+    """Judge the attempt that has just ended, record the verdict and requeue when it says so.
+
+    job: as Slurm's commands take it.
+    """
     directory = run.stage(stage)
     task = TaskFile.read(directory.task)
     rows, step = read_jsonl(directory.attempts), newest_step(directory)
@@ -154,11 +157,9 @@ def main() -> None:
     parser.add_argument("--status", type=int, required=True, help="exit status of srun")
     options = parser.parse_args()
     os.umask(0o077)
-    run, job = RunDirectory(options.run), os.environ["SLURM_JOB_ID"]
-    array, index = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    name = f"{array}_{index}" if array else job
-    stage = options.stages[int(index or 0)]
-    verdict = conclude(run, stage, job, run.jobs / f"{name}_0_log.err")
+    run, job = RunDirectory(options.run), commands.this_job()
+    stage = options.stages[int(job.partition("_")[2] or 0)]
+    verdict = conclude(run, stage, job, run.jobs / f"{job}_0_log.err")
     print(f"{stage}: {verdict.action}: {verdict.reason} (srun ended with {options.status})", flush=True)
     if verdict.action in ("requeue", "leave"):
         time.sleep(60)  # Slurm ends this script; what it returns does not count

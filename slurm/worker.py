@@ -78,7 +78,7 @@ class StageTask:
                 if attempt.over_budget:
                     raise BudgetSpent(f"{attempt.over_budget}; the stage was not begun: raise it to go on")
                 if world.is_first and job.job:
-                    stop.deadline = commands.end_time(job.job)
+                    stop.deadline = commands.end_time(commands.this_job())
                 if world.local_rank == 0:
                     power_model = task.machine.power.model_dump_json()
                     sampler = start_sampler(directory.root, world.node, os.getpid(), attempt.number, power_model)
@@ -228,7 +228,7 @@ def shun_failing_nodes(directory: StageDirectory, job: Job) -> None:
     """Go back to the queue when this job was given a node that has failed twice under this chain."""
     chain = [StageDirectory(path) for path in directory.root.parent.iterdir() if path.is_dir()]
     shunned = sorted({*failing_nodes(chain)} & {*job.nodes})
-    if shunned and commands.requeue(job.job, shunned) is None:
+    if shunned and commands.requeue(commands.this_job(), shunned) is None:
         raise Stopped(f"given back: {', '.join(shunned)} failed twice under this chain")
 
 
