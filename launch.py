@@ -261,7 +261,7 @@ def export(run: Path, stage: str, out: Path, step: int | None) -> None:
     A pretraining stage is exported while it trains, from checkpoints of any number of ranks, without a GPU; every
     expert is compared with what was written. Of other stages (merge, quantize, lora) the verified artifact is copied.
     """
-    from hpc.stages.export import export_stage
+    from hpc.stages.model_folder import export_stage
     from slurm.steer import open_run
 
     taken = export_stage(open_run(run), stage, out, step)

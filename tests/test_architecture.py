@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
     "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
     "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
-    "hpc.shrink": {"hpc.errors", "hpc.model"},
+    "hpc.runtimes": {"hpc.errors", "hpc.model"},
+    "hpc.shrink": {"hpc.errors", "hpc.model", "hpc.runtimes"},
     "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
     "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {
