@@ -329,6 +329,9 @@ class Export(Task):
     group_size: Literal[32, 64, 128] = 64
     """Weights of an MLX matrix that share a scale and an offset. GGUF's types have their own."""
 
+    proof_tokens: PositiveInt = 1024
+    """Ids that source and artifact are compared on, in sequences of 128."""
+
     prompts: list[str] = ["The people of the United States"]
     """Beginnings that source and artifact continue greedily, side by side in the receipt."""
 

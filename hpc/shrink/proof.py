@@ -80,6 +80,23 @@ def compare(source: Runner, artifact: Runner, sequences: list[list[int]]) -> Agr
     )
 
 
+def accepted_kl(bits: float) -> float:
+    """KL divergence (nats per token) beyond which an artifact is taken for misread: 0.01 at 8 bits, 0.5 at 4.
+
+    A runtime that misreads a type answers at random, several nats away. What quality is enough is for a gate to say.
+    """
+    return float(0.01 * 10 ** (0.425 * (8 - min(bits, 8))))
+
+
+def check_agreement(agreement: Agreement, bits: float) -> None:
+    """Raises ArtifactError for an artifact that its runtime misreads."""
+    if not agreement.kl <= accepted_kl(bits):
+        raise ArtifactError(
+            f"the artifact read back differs from its source by KL {agreement.kl:.4f} nats per token, accepted is "
+            f"{accepted_kl(bits):.3f} at {bits:g} bits: it is refused"
+        )
+
+
 def check_tokenizer(source: Runner, artifact: Runner, text: str) -> None:
     """Whether both make the same ids of a text. Raises ArtifactError that shows where they part."""
     for sample in (SCRIPTS, text):
