@@ -32,6 +32,8 @@ DOORS = {
     "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
     "gguf": {"hpc/reuse/gguf.py"},
+    "mlx": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
+    "mlx_lm": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
     "huggingface_hub": {"hpc/reuse/fetch.py"},
     "litdata": {"hpc/bench/data.py"},
     "grain": {"hpc/bench/data.py"},
@@ -51,7 +53,7 @@ MAY_IMPORT = {
     "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
     "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
     "hpc.runtimes": {"hpc.data", "hpc.errors", "hpc.model"},
-    "hpc.shrink": {"hpc.errors", "hpc.model", "hpc.runtimes"},
+    "hpc.shrink": {"hpc.data.tokenizer", "hpc.errors", "hpc.model", "hpc.runtimes"},
     "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
     "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {

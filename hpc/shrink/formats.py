@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from hpc.model.build import load_config
+from hpc.shrink import mlx_export, mlx_folder
 from hpc.shrink.matrices import Named
 
 
@@ -35,13 +37,40 @@ class LaptopFormat(Protocol):
         ...
 
 
+class Mlx:
+    """A folder that mlx-lm reads."""
+
+    runtime = "mlx"
+
+    def __init__(self, kind: str, group_size: int) -> None:
+        self._kind, self._group_size = kind, group_size
+        self.bits = float(mlx_export.MLX_TYPES[kind].bits or 16)
+        self.accepted_conversion_kl = 1e-5
+
+    def convert(self, source: Path, scratch: Path) -> Path:
+        """As in LaptopFormat: in the precision that the source is kept in."""
+        kind = "bf16" if "bfloat16" in str(load_config(source).dtype) else "f32"
+        self.accepted_conversion_kl = 1e-3 if kind == "bf16" else 1e-5
+        plain = scratch / "plain"
+        mlx_export.export(source, plain, kind, scratch / "converting")
+        return plain
+
+    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+        """As in LaptopFormat."""
+        folder.rmdir()
+        mlx_export.export(source, folder, self._kind, folder.with_name(".quantizing"), group_size=self._group_size)
+        return folder
+
+    def matrices(self, path: Path) -> Iterator[Named]:
+        """As in LaptopFormat."""
+        return mlx_folder.matrices(path)
+
+    def census(self, path: Path) -> dict[str, Any]:
+        """As in LaptopFormat."""
+        return mlx_folder.census(path)
+
+
 def laptop_format(name: str, group_size: int) -> LaptopFormat:
     """The format of a name of the `export` stage, such as gguf-q4_k_m."""
     family, _, kind = name.partition("-")
-    if family == "gguf":
-        from hpc.shrink.gguf import Gguf
-
-        return Gguf(kind)
-    from hpc.shrink.mlx_export import Mlx
-
-    return Mlx(kind, group_size)
+    return Gguf(kind) if family == "gguf" else Mlx(kind, group_size)

@@ -1,0 +1,111 @@
+"""The door to MLX at run time: a model folder in MLX's layout, read and run by mlx-lm as any of its users would.
+
+On a Mac that is the GPU (Metal), on Linux the CPU: a proof that a folder is right, no measure of a laptop. Not called
+mlx.py: transformers takes whatever `mlx` it finds first on the path for the library.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from hpc.errors import ArtifactError, ConfigError, DataError
+from hpc.runtimes.runner import Sampling
+
+
+@cache
+def library() -> tuple[Any, Any]:
+    """mlx.core and mlx_lm. Raises ConfigError, with the way to get them, where they are not installed."""
+    try:
+        import mlx.core
+        import mlx_lm
+    except ImportError as error:
+        raise ConfigError(
+            f"MLX folders need mlx and mlx-lm, which cannot be imported ({error}): pip install 'greenmoe[mlx]'"
+        ) from None
+    return mlx.core, mlx_lm
+
+
+def _unpack(model: Any, mx: Any) -> None:
+    """Hold packed weights as plain ones of the same values.
+
+    MLX's products of packed weights are made for GPUs: on a CPU they take 0.2 s a token of a model of 135 million.
+    """
+    from mlx_lm.utils import dequantize_model
+
+    dequantize_model(model)
+    mx.eval(model.parameters())
+
+
+class Mlx:
+    """`Runner`: on a GPU in the precision of the artifact, on a CPU in float32 with the artifact's values."""
+
+    def __init__(self, folder: Path, *, unpack: bool = True) -> None:
+        """Load a folder. unpack: on a CPU, not to compute with packed weights, which is exact and slow.
+
+        Raises ArtifactError where mlx-lm finds a tensor missing or left over, or no model at all.
+        """
+        self._mx, lm = library()
+        if not (folder / "config.json").is_file():
+            raise ArtifactError(f"{folder} is not an MLX model: it has no config.json")
+        before = self._mx.get_active_memory()
+        try:
+            self._model, self._tokenizer, config = lm.load(
+                str(folder), tokenizer_config={"trust_remote_code": False}, return_config=True
+            )
+        except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+            raise ArtifactError(f"{folder}: mlx-lm cannot load it ({error})") from None
+        self._memory = int(self._mx.get_active_memory() - before)
+        if self._mx.default_device() == self._mx.cpu:
+            self._mx.disable_compile()  # on a CPU it calls the C++ compiler, for seconds, and needs one
+            self._model.set_dtype(self._mx.float32)  # scales too, whose type unpacked weights get
+            if unpack:
+                _unpack(self._model, self._mx)
+        self.vocab_size = int(config["vocab_size"])
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """As in Runner."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False, split_special_tokens=not special)
+        return [int(token) for token in ids]
+
+    def decode(self, ids: list[int]) -> str:
+        """As in Runner."""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """As in Runner."""
+        return np.array(self._model(self._mx.array([ids]))[0].astype(self._mx.float32))
+
+    def stream(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """As in Runner."""
+        from mlx_lm.generate import generate_step
+        from mlx_lm.sample_utils import make_sampler
+
+        self._mx.random.seed(sampling.seed)
+        top_k = sampling.top_k if sampling.top_k < self.vocab_size else 0  # 0: all of them
+        steps = generate_step(
+            self._mx.array(ids),
+            self._model,
+            max_tokens=max_tokens,
+            sampler=make_sampler(sampling.temperature, top_k=top_k),
+        )
+        for token, _ in steps:
+            if int(token) in self._tokenizer.eos_token_ids:
+                return
+            yield int(token)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+        """As in Runner. Raises DataError where the template refuses the messages."""
+        if self._tokenizer.chat_template is None:
+            return None
+        try:
+            return str(self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        except Exception as error:  # a template raises what it likes
+            raise DataError(f"the chat template refuses these messages: {error}") from None
+
+    def memory_bytes(self) -> int | None:
+        """As in Runner, from MLX's count of live buffers: the folder as loaded, before a CPU unpacks it."""
+        return self._memory
