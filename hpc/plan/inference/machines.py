@@ -107,7 +107,7 @@ def _named(device: str, memory_gib: float | None, bandwidth: float | None) -> li
     except ConfigError:
         names = [*APPLE, *hardware.ACCELERATORS]
         raise ConfigError(
-            f"--device {device!r} is not known{nearest(device, names)}: take one of {', '.join(names)}, or say "
+            f"--device {device!r} is not known{nearest(device, names)}; of any other machine say "
             "--memory 16GiB --bandwidth 100GB/s"
         ) from None
     memory = found.memory_bytes if memory_gib is None else memory_gib * GIB

@@ -1,0 +1,78 @@
+"""Tokens per second while a model answers one person: every token reads the active weights and the cache once.
+
+The bound is bandwidth / bytes read. What runtimes reach of it is estimated by two constants for each kind of machine, a
+part of the bandwidth and a time for each layer (kernels are started one after the other, which is what small active
+models on wide memories wait for):
+
+    seconds = bytes / (part x bandwidth) + layers x seconds per layer
+
+They are fitted, least sum of |log ratio|, on the published measurements of hpc/plan/decode_speed.csv that say `yes` in
+the column `fitted` (the others are there with the reason); tests/plan/test_inference.py repeats the fit.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpc.plan.inference.cache import cache_bytes
+from hpc.plan.inference.formats import Kind, Size
+from hpc.plan.inference.machines import Machine
+from hpc.plan.quantity import Quantity, unknown
+from hpc.plan.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What runtimes reach on a kind of machine, and how well that is known."""
+
+    part: float
+    """Of the data sheet's bandwidth."""
+    layer_s: float
+    """Seconds for each layer besides."""
+    rows: int
+    """Published measurements that the two were fitted on."""
+    median_error: float
+    within: float
+    """Nine in ten of the rows are predicted to this."""
+
+
+REACHED: Mapping[Kind, Reached] = {
+    "apple": Reached(0.89, 195e-6, 33, 0.07, 0.32),
+    "gpu": Reached(0.90, 105e-6, 30, 0.09, 0.32),
+    "cpu": Reached(0.77, 0.0, 1, 0.0, 0.0),
+}
+"""llama.cpp (MLX in three rows), batch of one, 2023 to 2026. Of laptop CPUs there is one measurement."""
+
+
+def layers(shape: Shape) -> int:
+    """Blocks that one token passes one after the other."""
+    return max(shape.attention_layers + shape.mamba_layers, shape.dense_layers + shape.moe_layers)
+
+
+def bytes_per_token(shape: Shape, size: Size, context: int) -> float:
+    """Bytes that one token reads after `context` tokens: active weights, head, cache."""
+    return size.read + cache_bytes(shape, context)
+
+
+def bound(shape: Shape, size: Size, context: int, machine: Machine) -> Quantity:
+    """The most tokens per second that the memory allows."""
+    if machine.bandwidth is None:
+        return unknown("tokens/s", "nobody said the memory's bandwidth: --bandwidth 100GB/s")
+    read = bytes_per_token(shape, size, context)
+    how = f"derived: {machine.bandwidth / 1e9:g} GB/s / {read / 1e9:.3g} GB read per token at {context:,} tokens"
+    return Quantity(machine.bandwidth / read, "tokens/s", how)
+
+
+def expected(shape: Shape, size: Size, context: int, machine: Machine) -> Quantity:
+    """Tokens per second that a runtime probably reaches."""
+    if machine.bandwidth is None:
+        return unknown("tokens/s", "nobody said the memory's bandwidth: --bandwidth 100GB/s")
+    reached = REACHED[machine.kind]
+    read = bytes_per_token(shape, size, context)
+    seconds = read / (reached.part * machine.bandwidth) + layers(shape) * reached.layer_s
+    trust = f"fitted on {reached.rows} published measurements, median error {reached.median_error:.0%}"
+    if reached.rows == 1:
+        trust = "from one published measurement"
+    return Quantity(
+        1 / seconds, "tokens/s",
+        f"estimated: {reached.part:.0%} of the bandwidth and {1e6 * reached.layer_s:.0f} us a layer, {trust}",
+    )  # fmt: skip
