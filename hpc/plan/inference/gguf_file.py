@@ -22,6 +22,8 @@ FTYPES = {
     18: "gguf-q6_k", 30: "gguf-iq4_xs", 32: "bf16",
 }  # fmt: skip
 """llama.cpp's general.file_type -> format."""
+ALTERNATING = ("gpt-oss", "gemma2")
+"""Architectures of which every second layer has a window; of others the whole cache is counted."""
 MOST = 2**24
 """More metadata or tensors than this is no model but a damaged header."""
 
@@ -131,7 +133,8 @@ def _told(path: Path, metadata: dict[str, Any], tensors: list[tuple[str, int, in
         hidden=hidden, vocab=by_name["token_embd.weight"] // hidden, attention_layers=layers, heads=heads,
         kv_heads=field("attention.head_count_kv", heads), head_dim=field("attention.key_length", hidden // heads),
         value_dim=field("attention.value_length") or None, kv_rank=rank,
-        rope_dim=field("rope.dimension_count") if rank else 0, windowed_layers=layers if window else 0, window=window,
+        rope_dim=field("rope.dimension_count") if rank else 0,
+        windowed_layers=layers // 2 if window and arch in ALTERNATING else 0, window=window,
         moe_layers=layers if experts else 0, dense_layers=0 if experts else layers, experts=experts or 1,
         top_k=used or 1, tied="output.weight" not in by_name,
     )  # fmt: skip
