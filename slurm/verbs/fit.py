@@ -44,4 +44,4 @@ def fit(
         told = {"model": subject.name, "shape_from": subject.source, "machines": [found.to_json() for found in fits]}
         click.echo(json.dumps(told, indent=1))
     else:
-        click.echo(render(fits))
+        click.echo(render(fits, costs))

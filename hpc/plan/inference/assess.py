@@ -99,7 +99,9 @@ def assess(subject: Subject, machine: Machine, context: int, costs: Sequence[Cos
     """All formats of a model on a machine; the one that it has when it is quantized already."""
     known = [*subject.costs, *costs]
     if subject.stored is not None:
-        rows: Iterable[Row] = [_row(subject, machine, context, known, subject.stored.format, "as it is", subject.stored.size)]
+        rows: Iterable[Row] = [
+            _row(subject, machine, context, known, subject.stored.format, "as it is", subject.stored.size)
+        ]
     else:
         rows = [
             _row(subject, machine, context, known, form.name, form.made_by, size(subject.shape, form))

@@ -60,8 +60,13 @@ def _cost(path: Path, number: int, row: dict[str, str]) -> Cost:
 
 
 def of(costs: Iterable[Cost], model: str, form: str) -> list[Cost]:
-    """The measurements of a model in a format."""
-    return [cost for cost in costs if cost.format == form and plain_name(cost.model) == plain_name(model)]
+    """The measurements of a model in a format; owner/name is known by its name."""
+    wanted = _plain(model)
+    return [cost for cost in costs if cost.format == form and _plain(cost.model) == wanted]
+
+
+def _plain(model: str) -> str:
+    return plain_name(model.rstrip("/").split("/")[-1])
 
 
 def measured_in_run(run: Path, stage: str) -> list[Cost]:

@@ -7,7 +7,7 @@ a bias of 16 bits each, mixed recipes as in mlx_lm/convert.py 0.32.2; compressed
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Literal
 
 from hpc.plan.inference.gguf_mixes import MIXES, more_bits
@@ -41,8 +41,10 @@ class Format:
         """The stage that makes it."""
         if self.family == "transformers":
             return "what training and merging write"
+        if self.name in ("int4", "int8"):
+            return f"`kind: quantize`, `bits: {self.name[3:]}`"
         kind = "quantize" if self.family == "compressed-tensors" else "export"
-        return f"kind: {kind}, format {self.name}"
+        return f"`kind: {kind}`, `format: {self.name}`"
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Size:
         return 8 * self.weights / self.parameters
 
 
+@cache
 def size(shape: Shape, form: Format) -> Size:
     """Bytes of a model in a format, tensor by tensor."""
     weights = read = 0.0

@@ -59,7 +59,10 @@ def _by_role(mix: str, base: str, tensor: Tensor, shape: Shape) -> str:
     if tensor.role == "output":
         return {"q2_k": "Q3_K", "q3_k_m": "Q4_K"}.get(mix, base)
     if tensor.role == "down":
-        early = {"q3_k_m": "Q5_K" if layer < layers // 16 else "Q4_K", "iq4_xs": "Q5_K" if layer < layers // 8 else base}
+        early = {
+            "q3_k_m": "Q5_K" if layer < layers // 16 else "Q4_K",
+            "iq4_xs": "Q5_K" if layer < layers // 8 else base,
+        }
         return {"q2_k": "Q3_K", **early}.get(mix, _more(mix, base, layer, layers))
     return base
 

@@ -17,7 +17,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpc.config.near import nearest
 from hpc.errors import ConfigError
 from hpc.plan import hardware
 from hpc.plan.inference.formats import Kind
@@ -105,9 +104,11 @@ def _named(device: str, memory_gib: float | None, bandwidth: float | None) -> li
     try:
         found = hardware.find(device)
     except ConfigError:
+        from hpc.config.near import nearest
+
         names = [*APPLE, *hardware.ACCELERATORS]
         raise ConfigError(
-            f"--device {device!r} is not known{nearest(device, names)}; of any other machine say "
+            f"--device {device!r} is not known{nearest(device, names)} For any other machine say "
             "--memory 16GiB --bandwidth 100GB/s"
         ) from None
     memory = found.memory_bytes if memory_gib is None else memory_gib * GIB
@@ -118,10 +119,10 @@ def _apple(chip: str, gib: float, bandwidth: float | None) -> Machine:
     options = APPLE[chip].memory_gib
     if gib not in options:
         raise ConfigError(
-            f"--memory {gib:g}GiB: an {chip} has {' or '.join(map(str, options))} GiB; take one of these, or leave out "
+            f"--memory {gib:g}GiB: an {chip} has {', '.join(map(str, options))} GiB: take one of these, or leave out "
             "--device and say --bandwidth"
         )
-    return Machine(f"Apple {chip}, {gib:g} GiB", "apple", gib * GIB, bandwidth or 1e9 * APPLE[chip].bandwidth_gb_s)
+    return Machine(f"{chip} {gib:g} GiB", "apple", gib * GIB, bandwidth or 1e9 * APPLE[chip].bandwidth_gb_s)
 
 
 def memory_gib(text: str) -> float:

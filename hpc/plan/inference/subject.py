@@ -3,10 +3,10 @@
 import json
 import re
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from hpc.config.near import nearest
 from hpc.errors import ConfigError, DataError
 from hpc.plan.catalogue import SHAPES, plain_name
 from hpc.plan.hub import FAMILIES
@@ -149,13 +149,13 @@ def _reused(config: Any, stage: Any) -> dict[str, Any] | None:
 
 def _cached(model: str) -> Subject | None:
     """A Hub id whose files are in the cache of this machine."""
-    from hpc.reuse.fetch import HUB_ID
+    if "/" not in model:
+        return None  # before the import: it takes longer than all the arithmetic
+    from hpc.config.reuse import Init
+    from hpc.reuse.fetch import HUB_ID, SOURCES, locate
 
     if not HUB_ID.match(model):
         return None
-    from hpc.config.reuse import Init
-    from hpc.reuse.fetch import SOURCES, locate
-
     path = locate(Init.model_validate({"from": model}), Path("runs").absolute() / SOURCES)
     return _of_folder(path) if path is not None else None
 
@@ -164,9 +164,11 @@ def _catalogued(model: str) -> Subject:
     plain = plain_name(re.sub(r"-\d{4}$", "", model.rstrip("/").split("/")[-1]))
     shape = SHAPES.get(plain)
     if shape is None:
+        close = get_close_matches(plain, SHAPES, n=1, cutoff=0.7)
+        hint = f"did you mean {close[0]!r}?" if close else "known are mixtral-8x7b, qwen3-30b-a3b, llama-3-8b and such."
         raise ConfigError(
-            f"model {model!r} is neither a path, nor in the Hub's cache, nor known by name"
-            f"{nearest(plain, SHAPES)} (run `hf download {model}` first, or name a folder)"
+            f"model {model!r} is neither a path, nor in this machine's Hub cache, nor a name that is known: {hint} Else "
+            "name a folder with config.json"
         )
     context = next((length for prefix, (_, length) in FAMILIES.items() if plain.startswith(prefix)), None)
     spare = shape.extra_heads
