@@ -73,7 +73,8 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layout
               "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan",
               "hpc.rehearse.twin", "hpc.plan.inference.show", "hpc.plan.inference.subject"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
-         "dashboard", "plan", "rehearse", "fit", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
+         "dashboard", "plan", "rehearse", "fit", "explain", "schema", "report", "card", "devcluster",
+         "bench")  # fmt: skip
 CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}

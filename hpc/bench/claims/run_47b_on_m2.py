@@ -22,6 +22,7 @@ MIXTRAL = SHAPES["mixtral8x7b"]
 FORM = FORMATS["gguf-q4_k_m"]
 CONTEXT = 8192
 IN_ALL = "memory in all"
+PART = "part of the bound that was measured"
 MEASURED_ON = "M2 Max"
 
 PUBLISHED = "measured by brozkrut, https://github.com/ggml-org/llama.cpp/pull/4406 (M2 Max, 38 GPU cores, 96 GB)"
@@ -69,15 +70,15 @@ def audit(bench: Bench) -> Claim:
         verdict="holds if" if plain else "does not hold here",
         because=(
             f"the M2 is a Max with 64 GB or more ({', '.join(plain)}): in four bits and with {CONTEXT:,} tokens the "
-            f"model takes {needed:.1f} GiB. {', '.join(raised)} holds it only after the limit for the GPU is raised, and "
-            f"then with little to spare; {', '.join(short)} do not. On an M2 Max it answers "
-            f"with {SPEED_Q4_K_M.value:.0f} tokens/s (published), {values['part of the bound that was measured']:.0%} of "
-            f"what its memory allows, and loses {LOSS_BEST.value - 1:.1%} to {LOSS_THEN.value - 1:.1%} of perplexity."
+            f"model takes {needed:.1f} GiB. {', '.join(raised)} holds it only after the limit for the GPU is raised, "
+            f"and then with little to spare; {', '.join(short)} do not. On an M2 Max it answers with "
+            f"{SPEED_Q4_K_M.value:.0f} tokens/s (published), {values[PART]:.0%} of what its memory allows, and loses "
+            f"{LOSS_BEST.value - 1:.1%} to {LOSS_THEN.value - 1:.1%} of perplexity."
         ),
         depends_on=(
             "which M2: the plain chip ends at 24 GB and has a quarter of the Max's bandwidth",
-            "the mix: llama.cpp's Q4_K_M of December 2023 was 26.4 GB, today's is 28.4, because an error in the mix for "
-            "experts was mended (https://github.com/ggml-org/llama.cpp/pull/4872); IQ4_XS is 25.4 GB",
+            "the mix: llama.cpp's Q4_K_M of December 2023 was 26.4 GB, today's is 28.4, because an error in the mix "
+            "for experts was mended (https://github.com/ggml-org/llama.cpp/pull/4872); IQ4_XS is 25.4 GB",
             "the context: each 8,192 tokens take another GiB",
             "the version of macOS: newer ones let the GPU use more; the careful figures are used here",
             "energy is not part of it: nobody published joules per token for this model on an M2",
@@ -151,7 +152,7 @@ def _speed() -> list[Step]:
     measured = SPEED_Q4_0.value
     return [
         *steps,
-        Step("part of the bound that was measured", f"{measured:g} / {figure(first)}", measured / first, ""),
+        Step(PART, f"{measured:g} / {figure(first)}", measured / first, ""),
     ]
 
 

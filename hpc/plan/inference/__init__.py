@@ -1,1 +1,1 @@
-"""Whether a finished model fits a machine, how fast it answers there and what its format costs: arithmetic, no torch."""
+"""Whether a finished model fits a machine, how fast it answers there, what its format costs: no torch."""

@@ -1,8 +1,8 @@
 """The formats that a model can be shipped in, and the bytes of a model in each.
 
 Bits per weight with their scales: GGUF in hpc/plan/inference/gguf_mixes.py; MLX affine in groups of 64 with a scale and
-a bias of 16 bits each, mixed recipes as in mlx_lm/convert.py 0.32.2; compressed-tensors with a 16-bit scale per group of
-128 or per row, embedding, head and router in 16 bits.
+a bias of 16 bits each, mixed recipes as in mlx_lm/convert.py 0.32.2; compressed-tensors with a 16-bit scale per group
+of 128 or per row, embedding, head and router in 16 bits.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,6 +18,12 @@ from hpc.plan.shapes import Shape
 Family = Literal["transformers", "compressed-tensors", "gguf", "mlx"]
 Kind = Literal["apple", "gpu", "cpu"]
 
+RUNS_ON: Mapping[Family, tuple[Kind, ...]] = {
+    "transformers": ("apple", "gpu", "cpu"), "compressed-tensors": ("gpu",), "gguf": ("apple", "gpu", "cpu"),
+    "mlx": ("apple",),
+}  # fmt: skip
+"""Where a runtime computes with a family as it is, without unpacking it in memory first."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -30,11 +36,8 @@ class Format:
 
     @property
     def runs_on(self) -> tuple[Kind, ...]:
-        """Where a runtime computes with it as it is, without unpacking it in memory first."""
-        return {
-            "transformers": ("apple", "gpu", "cpu"), "compressed-tensors": ("gpu",), "gguf": ("apple", "gpu", "cpu"),
-            "mlx": ("apple",),
-        }[self.family]  # fmt: skip
+        """Kinds of machines for which it is shown."""
+        return RUNS_ON[self.family]
 
     @property
     def made_by(self) -> str:

@@ -87,9 +87,10 @@ def _header(file: BinaryIO, file_bytes: int) -> tuple[dict[str, Any], list[tuple
     data = file_bytes - -(-file.tell() // step) * step
     infos.sort()
     ends = [*(offset for offset, _, _ in infos[1:]), data]
-    if infos and infos[-1][0] > data:
+    found = [(name, n, end - start) for (start, name, n), end in zip(infos, ends, strict=True)]
+    if any(8 * held < n for _, n, held in found):  # less than a bit a weight
         raise ValueError("it ends before its tensors do")
-    return metadata, [(name, n, end - start) for (start, name, n), end in zip(infos, ends, strict=True)]
+    return metadata, found
 
 
 def _number(file: BinaryIO, code: str) -> Any:

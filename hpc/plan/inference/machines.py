@@ -7,8 +7,8 @@ M1 Ultra); M1, M1 Pro, M1 Max, M3, M3 Max, M3 Ultra and M4 from memory of the sa
 slower variant with fewer cores (300 and 410 GB/s): --bandwidth says so.
 
 How much a Mac's GPU may use, Metal's recommendedMaxWorkingSetSize as programs printed it: 10,922.67 MB of 16 GiB
-(abetlen/llama-cpp-python #687), 21,845.34 MB of 32 (ollama #434), 73,728 MB of 96 (ggml-org/llama.cpp #3213): two thirds
-up to 36 GiB, three quarters above. Newer systems give more (11.84 of 16, AlexsJones/llmfit #754; 107.5 of 128,
+(abetlen/llama-cpp-python #687), 21,845.34 MB of 32 (ollama #434), 73,728 MB of 96 (ggml-org/llama.cpp #3213): two
+thirds up to 36 GiB, three quarters above. Newer systems give more (11.84 of 16, AlexsJones/llmfit #754; 107.5 of 128,
 antirez/ds4 #893), so this is the careful figure. `sudo sysctl iogpu.wired_limit_mb=N` raises it until the next start;
 90 of 96 GiB were used for long (antirez/ds4 #46), which is what is taken as the end: 4 GiB stay for macOS, or 1/16.
 """

@@ -165,10 +165,10 @@ def _catalogued(model: str) -> Subject:
     shape = SHAPES.get(plain)
     if shape is None:
         close = get_close_matches(plain, SHAPES, n=1, cutoff=0.7)
-        hint = f"did you mean {close[0]!r}?" if close else "known are mixtral-8x7b, qwen3-30b-a3b, llama-3-8b and such."
+        hint = f"did you mean {close[0]!r}?" if close else "known are mixtral-8x7b, llama-3-8b and such."
         raise ConfigError(
-            f"model {model!r} is neither a path, nor in this machine's Hub cache, nor a name that is known: {hint} Else "
-            "name a folder with config.json"
+            f"model {model!r} is neither a path, nor in this machine's Hub cache, nor a name that is known: {hint} "
+            "Else name a folder with config.json"
         )
     context = next((length for prefix, (_, length) in FAMILIES.items() if plain.startswith(prefix)), None)
     spare = shape.extra_heads
