@@ -1,6 +1,5 @@
 """`launch.py fit`: bytes against published and real files, memory, speed against measurements, costs, refusals."""
 
-import csv
 import json
 import struct
 from dataclasses import replace
@@ -233,21 +232,16 @@ def test_advice_takes_eight_bits_where_they_fit_and_says_what_few_bits_mean() ->
 # Speed ----------------------------------------------------------------------------------------------------------------
 
 
-def measurements() -> list[dict[str, str]]:
-    with (Path(speed.__file__).parent.parent / "decode_speed.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def facts(row: dict[str, str]) -> tuple[float, float, float, float]:
+def facts(row: speed.Measurement) -> tuple[float, float, float, float]:
     """Bytes per token, layers, bandwidth in bytes/s, measured tokens/s."""
-    shape = SHAPES[plain_name(row["model"])]
-    read = speed.bytes_per_token(shape, size(shape, FORMATS[row["format"]]), int(row["context"]))
-    return read, speed.layers(shape), 1e9 * float(row["bandwidth_gb_s"]), float(row["tokens_per_s"])
+    shape = SHAPES[plain_name(row.model)]
+    read = speed.bytes_per_token(shape, size(shape, FORMATS[row.format]), row.context)
+    return read, speed.layers(shape), row.bandwidth, row.tokens_per_s
 
 
 @pytest.mark.parametrize("kind", ["apple", "gpu"])
 def test_what_runtimes_reach_is_the_fit_of_the_measurements(kind: Any) -> None:
-    rows = [facts(row) for row in measurements() if row["kind"] == kind and row["fitted"] == "yes"]
+    rows = [facts(row) for row in speed.measurements() if row.kind == kind and row.fitted]
     read, layers, bandwidth, measured = (np.array(column) for column in zip(*rows, strict=True))
     told = speed.REACHED[kind]
 
@@ -264,15 +258,21 @@ def test_what_runtimes_reach_is_the_fit_of_the_measurements(kind: Any) -> None:
 
 
 def test_nothing_published_is_faster_than_the_bound() -> None:
-    for row in measurements():
+    for row in speed.measurements():
         read, _, bandwidth, measured = facts(row)
         assert measured < bandwidth / read, row
 
 
 def test_the_laptop_cpus_part_is_that_of_its_measurement() -> None:
-    (row,) = (row for row in measurements() if row["kind"] == "cpu")
+    (row,) = (row for row in speed.measurements() if row.kind == "cpu")
     read, _, bandwidth, measured = facts(row)
     assert speed.REACHED["cpu"].part == pytest.approx(measured * read / bandwidth, abs=0.005)
+
+
+def test_measurements_of_the_very_model_and_chip_are_shown() -> None:
+    fit = assess(find("mixtral-8x7b"), machines.machines("M2 Max", 96, None)[0], 8192, COSTS)
+    assert "gguf-q4_k_m 34.7, gguf-q4_0 36.7" in render([fit], COSTS)
+    assert speed.measured("mixtral-8x7b", machines.machines("M2", 24, None)[0]) == []
 
 
 def test_without_a_bandwidth_there_is_no_speed() -> None:
@@ -339,17 +339,26 @@ def test_a_folder_and_a_stage_of_a_run_are_models(tmp_path: Path) -> None:
     a_folder(tmp_path / "run" / "stages" / "merge" / "artifact")
     for subject in (find(str(tmp_path / "run"), "merge"), find(str(tmp_path / "run" / "stages" / "merge"))):
         assert (subject.name, subject.shape, subject.context) == ("merge", shape, 4096)
+    (tmp_path / "run" / "stages" / "lora" / "artifact").mkdir(parents=True)
+    (tmp_path / "run" / "stages" / "lora" / "artifact" / "adapter_config.json").write_text("{}")
+    with pytest.raises(DataError, match="adapters"):
+        find(str(tmp_path / "run" / "stages" / "lora"))
     with pytest.raises(ConfigError, match="models of this run: merge"):
         find(str(tmp_path / "run"))
 
 
 def test_a_quantized_folder_is_shown_as_it_is(tmp_path: Path) -> None:
-    folder = a_folder(tmp_path / "q", quantization_config={"quant_method": "compressed-tensors"})
+    groups = {"group_0": {"weights": {"num_bits": 4, "type": "int"}}}
+    stated = {"quant_method": "compressed-tensors", "config_groups": groups}
+    folder = a_folder(tmp_path / "q", quantization_config=stated)
     (folder / "model.safetensors").write_bytes(bytes(3_000_000))
     fit = assess(find(str(folder)), machines.machines("H100", None, None)[0], 4096, COSTS)
     (row,) = fit.rows
-    assert (row.format, row.size.weights) == ("compressed-tensors", 3_000_000)
+    assert (row.format, row.size.weights) == ("int4", 3_000_000)
     assert row.size.read < 3_000_000
+    assert len(assess(find(str(folder)), machines.machines("M2", 8, None)[0], 4096, COSTS).rows) > 5, (
+        "it must be remade"
+    )
 
 
 def test_a_chain_is_a_model_before_it_is_made() -> None:

@@ -7,7 +7,7 @@ from hpc.plan.inference.assess import Fit, Row
 from hpc.plan.inference.cache import cache_bytes, overhead_bytes
 from hpc.plan.inference.cost import Cost
 from hpc.plan.inference.machines import Machine
-from hpc.plan.inference.speed import REACHED
+from hpc.plan.inference.speed import REACHED, measured
 from hpc.plan.quantity import GIB, Quantity, amount
 
 WIDTH = 118
@@ -33,6 +33,8 @@ def render(fits: Sequence[Fit], costs: Sequence[Cost]) -> str:
 def _head(fit: Fit) -> list[str]:
     subject, shape, sizes = fit.subject, fit.subject.shape, fit.rows[0].size
     limit = f", made for {subject.context:,}" if subject.context else ""
+    if subject.context and fit.context > subject.context:
+        limit = f", MORE than the {subject.context:,} that it was made for"
     return [
         f"{subject.name}: {amount(sizes.parameters)} parameters, {amount(_active(fit))} of them read for each token; "
         f"shape from {subject.source}",
@@ -56,7 +58,18 @@ def _formats(fit: Fit, costs: Sequence[Cost]) -> list[str]:
         for row in fit.rows
     ]  # fmt: skip
     table = _table(FORMATS_HEAD, rows, left=(0, 1, 8))
-    return [_about(fit.machine), "", *table, "", *_notes(fit.rows, fit.machine), "", advice(fit, costs)]
+    told = [_about(fit.machine), "", *table, "", *_notes(fit.rows, fit.machine), *_measured(fit)]
+    return [*told, "", advice(fit, costs)]
+
+
+def _measured(fit: Fit) -> list[str]:
+    """What others measured of this model on this chip, from one source after the other."""
+    found = measured(fit.subject.name, fit.machine)
+    lines = []
+    for source in dict.fromkeys(one.source for one in found):
+        told = ", ".join(f"{one.format} {one.tokens_per_s:.1f}" for one in found if one.source == source)
+        lines.append(f"measured at the beginning of a context: {told} tokens/s ({source})")
+    return [part for line in lines for part in wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
 
 
 def _machines(fits: Sequence[Fit], costs: Sequence[Cost]) -> list[str]:

@@ -10,9 +10,13 @@ They are fitted, least sum of |log ratio|, on the published measurements of hpc/
 the column `fitted` (the others are there with the reason); tests/plan/test_inference.py repeats the fit.
 """
 
+import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
+from hpc.plan.catalogue import plain_name
 from hpc.plan.inference.cache import cache_bytes
 from hpc.plan.inference.formats import Kind, Size
 from hpc.plan.inference.machines import Machine
@@ -41,6 +45,48 @@ REACHED: Mapping[Kind, Reached] = {
     "cpu": Reached(0.77, 0.0, 1, 0.0, 0.0),
 }
 """llama.cpp (MLX in three rows), batch of one, 2023 to 2026. Of laptop CPUs there is one measurement."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Tokens per second that somebody published."""
+
+    device: str
+    kind: Kind
+    bandwidth: float
+    """Bytes per second, by the data sheet."""
+    runtime: str
+    model: str
+    format: str
+    context: int
+    """Tokens that were in the cache, on average."""
+    tokens_per_s: float
+    source: str
+    fitted: bool
+    note: str
+
+
+def measurements() -> list[Measurement]:
+    """All rows of hpc/plan/decode_speed.csv."""
+    with (Path(__file__).parent.parent / "decode_speed.csv").open(encoding="utf-8", newline="") as file:
+        return [
+            Measurement(
+                row["device"], cast(Kind, row["kind"]), 1e9 * float(row["bandwidth_gb_s"]), row["runtime"], row["model"],
+                row["format"], int(row["context"]), float(row["tokens_per_s"]), row["source"], row["fitted"] == "yes",
+                row["note"],
+            )
+            for row in csv.DictReader(file)
+        ]  # fmt: skip
+
+
+def measured(model: str, machine: Machine) -> list[Measurement]:
+    """What others measured of a model on such a machine, early in a conversation."""
+    name = plain_name(model.rstrip("/").split("/")[-1])
+    return [
+        one
+        for one in measurements()
+        if plain_name(one.model) == name and f"{machine.name} ".startswith(f"{one.device} ") and one.fitted
+    ]
 
 
 def layers(shape: Shape) -> int:

@@ -61,9 +61,8 @@ def find(model: str, stage: str | None = None) -> Subject:
 
 
 def _of_folder(path: Path) -> Subject:
-    inner = path / "artifact"
-    if (inner / "config.json").is_file():
-        found = _of_folder(inner)
+    if (path / "artifact").is_dir():
+        found = _of_folder(path / "artifact")
         costs = measured_in_run(path.parent.parent, path.name) if path.parent.name == "stages" else []
         return replace(found, name=path.name, costs=tuple(costs))
     try:
@@ -72,6 +71,8 @@ def _of_folder(path: Path) -> Subject:
         files = sorted(path.glob("*.gguf"))
         if len(files) == 1:
             return _of_gguf(files[0])
+        if (path / "adapter_config.json").exists():
+            raise DataError(f"{path} holds adapters and no model: name the stage that merges them") from None
         raise DataError(f"{path}: config.json cannot be read ({error}): name a model's folder") from None
     shape, context = of_config(config, str(path / "config.json"))
     snapshot = re.search(r"models--(.+?)--(.+)", path.parent.parent.name) if path.parent.name == "snapshots" else None
@@ -81,21 +82,32 @@ def _of_folder(path: Path) -> Subject:
 
 def _quantized(path: Path, config: dict[str, Any], shape: Shape) -> Stored | None:
     """A folder whose weights are quantized: its bytes on disk, spread evenly over what one token reads."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method is None and "quantization" in config:
-        method = "mlx"
+    form = _format(config)
     weights = sum(file.stat().st_size for file in path.glob("*.safetensors"))
-    if method is None or not weights:
+    if form is None or not weights:
         return None
     plain = size(shape, FORMATS["bf16"])
     return Stored(
-        str(method), Size(weights, weights * plain.read / plain.weights, plain.parameters),
+        form, Size(weights, weights * plain.read / plain.weights, plain.parameters),
         f"measured: safetensors files of {path}",
     )  # fmt: skip
 
 
+def _format(config: dict[str, Any]) -> str | None:
+    """The format that a config.json states: one of ours where it is, else the library's own word; None without one."""
+    stated = config.get("quantization_config") or {}
+    if stated.get("quant_method") == "compressed-tensors":
+        groups = next(iter((stated.get("config_groups") or {}).values()), {}).get("weights") or {}
+        return f"{'fp' if groups.get('type') == 'float' else 'int'}{groups.get('num_bits')}"
+    if stated.get("quant_method"):
+        return str(stated["quant_method"])
+    bits = (config.get("quantization") or {}).get("bits")
+    return f"mlx-{bits}" if bits else None
+
+
 def _of_run(path: Path, stage: str | None) -> Subject:
-    made = sorted(item.parent.parent.name for item in path.glob("stages/*/artifact/config.json"))
+    kinds = ("config.json", "*.gguf")
+    made = sorted({item.parent.parent.name for kind in kinds for item in path.glob(f"stages/*/artifact/{kind}")})
     if stage in made:
         return _of_folder(path / "stages" / stage)
     if not made:
