@@ -273,6 +273,8 @@ def test_measurements_of_the_very_model_and_chip_are_shown() -> None:
     fit = assess(find("mixtral-8x7b"), machines.machines("M2 Max", 96, None)[0], 8192, COSTS)
     assert "gguf-q4_k_m 34.7, gguf-q4_0 36.7" in render([fit], COSTS)
     assert speed.measured("mixtral-8x7b", machines.machines("M2", 24, None)[0]) == []
+    assert len(speed.measured("Llama 2 7B", machines.machines("M3", 16, None)[0])) == 1
+    assert len(speed.measured("Llama 2 7B", machines.machines("M3 Max", 64, None)[0])) == 2
 
 
 def test_without_a_bandwidth_there_is_no_speed() -> None:

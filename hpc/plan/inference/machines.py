@@ -36,6 +36,8 @@ class Machine:
     """Bytes: unified, of the card, or of the computer."""
     bandwidth: float | None
     """Bytes per second, by the data sheet; None where nobody said."""
+    chip: str = ""
+    """Of Apple's, or the GPU; empty where it is any."""
 
     @property
     def usable(self) -> float:
@@ -112,7 +114,7 @@ def _named(device: str, memory_gib: float | None, bandwidth: float | None) -> li
             "--memory 16GiB --bandwidth 100GB/s"
         ) from None
     memory = found.memory_bytes if memory_gib is None else memory_gib * GIB
-    return [Machine(found.name, "gpu", memory, bandwidth or found.hbm_bytes_per_s)]
+    return [Machine(found.name, "gpu", memory, bandwidth or found.hbm_bytes_per_s, found.name)]
 
 
 def _apple(chip: str, gib: float, bandwidth: float | None) -> Machine:
@@ -122,7 +124,7 @@ def _apple(chip: str, gib: float, bandwidth: float | None) -> Machine:
             f"--memory {gib:g}GiB: an {chip} has {', '.join(map(str, options))} GiB: take one of these, or leave out "
             "--device and say --bandwidth"
         )
-    return Machine(f"{chip} {gib:g} GiB", "apple", gib * GIB, bandwidth or 1e9 * APPLE[chip].bandwidth_gb_s)
+    return Machine(f"{chip} {gib:g} GiB", "apple", gib * GIB, bandwidth or 1e9 * APPLE[chip].bandwidth_gb_s, chip)
 
 
 def memory_gib(text: str) -> float:

@@ -69,14 +69,15 @@ class Measurement:
 def measurements() -> list[Measurement]:
     """All rows of hpc/plan/decode_speed.csv."""
     with (Path(__file__).parent.parent / "decode_speed.csv").open(encoding="utf-8", newline="") as file:
-        return [
-            Measurement(
-                row["device"], cast(Kind, row["kind"]), 1e9 * float(row["bandwidth_gb_s"]), row["runtime"], row["model"],
-                row["format"], int(row["context"]), float(row["tokens_per_s"]), row["source"], row["fitted"] == "yes",
-                row["note"],
-            )
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
+        return [_measurement(row) for row in csv.DictReader(file)]
+
+
+def _measurement(row: dict[str, str]) -> Measurement:
+    return Measurement(
+        row["device"], cast(Kind, row["kind"]), 1e9 * float(row["bandwidth_gb_s"]), row["runtime"], row["model"],
+        row["format"], int(row["context"]), float(row["tokens_per_s"]), row["source"], row["fitted"] == "yes",
+        row["note"],
+    )  # fmt: skip
 
 
 def measured(model: str, machine: Machine) -> list[Measurement]:
@@ -85,7 +86,7 @@ def measured(model: str, machine: Machine) -> list[Measurement]:
     return [
         one
         for one in measurements()
-        if plain_name(one.model) == name and f"{machine.name} ".startswith(f"{one.device} ") and one.fitted
+        if one.device == machine.chip and plain_name(one.model) == name and one.fitted and one.context < 1024
     ]
 
 

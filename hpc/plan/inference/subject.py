@@ -97,8 +97,9 @@ def _format(config: dict[str, Any]) -> str | None:
     """The format that a config.json states: one of ours where it is, else the library's own word; None without one."""
     stated = config.get("quantization_config") or {}
     if stated.get("quant_method") == "compressed-tensors":
-        groups = next(iter((stated.get("config_groups") or {}).values()), {}).get("weights") or {}
-        return f"{'fp' if groups.get('type') == 'float' else 'int'}{groups.get('num_bits')}"
+        groups: list[dict[str, Any]] = list((stated.get("config_groups") or {}).values())
+        weights = (groups[0].get("weights") if groups else None) or {}
+        return f"{'fp' if weights.get('type') == 'float' else 'int'}{weights.get('num_bits')}"
     if stated.get("quant_method"):
         return str(stated["quant_method"])
     bits = (config.get("quantization") or {}).get("bits")
