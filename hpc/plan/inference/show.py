@@ -158,17 +158,13 @@ def _about(machine: Machine) -> str:
 
 def _notes(rows: Iterable[Row], machine: Machine) -> list[str]:
     """What the columns rest on."""
-    reached = REACHED[machine.kind]
-    trust = "one published measurement"
-    if reached.rows > 1:
-        trust = f"{reached.rows} published measurements (median error {reached.median_error:.0%})"
     costs = sorted({(cost.measured_by, cost.source) for row in rows for cost in row.costs})
     told = "; ".join(f"{who}, {source}" for who, source in costs)
     known = f"measured, against 16 or 8 bits: {told}" if costs else "no measurement of this model is known here"
     lines = [
         "bits per weight and GiB: derived, tensor by tensor",
         f"tokens/s after a full context, one at a time: at most, derived: bandwidth / bytes read; expected, estimated "
-        f"from {trust}",
+        f"{REACHED[machine.kind].trust}",
         f"perplexity: {known}",
     ]
     return [part for line in lines for part in wrap(line, WIDTH, subsequent_indent="  ", break_on_hyphens=False)]
