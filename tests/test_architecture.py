@@ -74,17 +74,12 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layout
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster", "slurm.fetch",
               "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan",
-              "hpc.rehearse.twin"]  # fmt: skip
+              "hpc.rehearse.twin", "hpc.plan.inference.show", "hpc.plan.inference.subject"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
-         "dashboard", "plan", "rehearse", "explain", "schema", "report", "card", "chat", "devcluster",
+         "dashboard", "plan", "rehearse", "fit", "explain", "schema", "report", "card", "chat", "devcluster",
          "bench")  # fmt: skip
-CALLS_PROGRAMS = {
-    "slurm/commands.py",
-    "slurm/devcluster/processes.py",
-    "slurm/bench.py",
-    "slurm/worker.py",
-    "hpc/runtimes/remote.py",
-}
+CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py",
+                  "hpc/runtimes/remote.py", "hpc/shrink/mlx_export.py"}  # fmt: skip
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}
 
@@ -129,7 +124,9 @@ def test_the_login_plane_never_loads_a_heavy_library(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "configs/quickstart.yaml"], ["explain", "train.steps"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "configs/quickstart.yaml"], ["explain", "train.steps"], ["fit", "mixtral-8x7b"]]
+)
 def test_verbs_that_only_tell_something_do_not_load_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom launch import main\n"

@@ -25,7 +25,7 @@ def bench() -> None:
 @bench.command()
 @click.option("--repeats", default=7, show_default=True, help="Runs of each command; medians are shown.")
 def startup(repeats: int) -> None:
-    """CPU time of --help and plan, against their limits of 0.5 s and 1 s."""
+    """CPU time of --help, plan and fit, against their limits of 0.5 s and 1 s."""
     from slurm.bench import startup as measure
 
     click.echo(measure(repeats))

@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from hpc.bench import claims
-from hpc.bench.claims import moe_on_paper, registry, retrain_47b, scratch_in_an_hour, ten_kw_needs_thirty
+from hpc.bench.claims import (
+    moe_on_paper,
+    registry,
+    retrain_47b,
+    run_47b_on_m2,
+    scratch_in_an_hour,
+    ten_kw_needs_thirty,
+)
 from hpc.bench.claims.claim import Bench, Claim, Step
 from hpc.bench.claims.page import page
 from hpc.bench.claims.scaling_laws import chinchilla, joint_law
@@ -20,7 +27,7 @@ from hpc.plan.plan import plan
 from slurm.site import load_site
 from tests.conftest import Launch
 
-ON_PAPER = (retrain_47b, scratch_in_an_hour, ten_kw_needs_thirty)
+ON_PAPER = (retrain_47b, run_47b_on_m2, scratch_in_an_hour, ten_kw_needs_thirty)
 OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: pow,
 }  # fmt: skip
