@@ -93,7 +93,7 @@ def test_a_token_reads_its_experts_and_no_embedding() -> None:
     assert size(tied, FORMATS["bf16"]).read == held.read
 
 
-@pytest.mark.parametrize(("form", "bits"), [("mlx-4", 4.5), ("mlx-8", 8.5), ("int4", 4.125), ("int8", 8.125)])
+@pytest.mark.parametrize(("form", "bits"), [("mlx-4bit", 4.5), ("mlx-8bit", 8.5), ("int4", 4.125), ("int8", 8.125)])
 def test_groups_cost_their_scales(form: str, bits: float) -> None:
     expert = next(tensor for tensor in tensors(MIXTRAL) if tensor.role == "up")
     assert FORMATS[form].bits(expert, MIXTRAL) == bits

@@ -108,7 +108,7 @@ _LIST = (
     Format("int8", "compressed-tensors", partial(_compressed, 8, 128)),
     Format("int4", "compressed-tensors", partial(_compressed, 4, 128)),
     *(Format(f"gguf-{mix}", "gguf", partial(gguf_bits, mix)) for mix in MIXES if mix != "bf16"),
-    *(Format(f"mlx-{low}", "mlx", partial(_mlx, low, low)) for low in (8, 6, 4)),
+    *(Format(f"mlx-{low}bit", "mlx", partial(_mlx, low, low)) for low in (8, 6, 4)),
     *(Format(f"mlx-mixed_{low}_6", "mlx", partial(_mlx, low, 6)) for low in (4, 3)),
 )
 FORMATS: Mapping[str, Format] = {item.name: item for item in _LIST}

@@ -103,7 +103,7 @@ def _format(config: dict[str, Any]) -> str | None:
     if stated.get("quant_method"):
         return str(stated["quant_method"])
     bits = (config.get("quantization") or {}).get("bits")
-    return f"mlx-{bits}" if bits else None
+    return f"mlx-{bits}bit" if bits else None
 
 
 def _of_run(path: Path, stage: str | None) -> Subject:
