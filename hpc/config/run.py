@@ -104,6 +104,11 @@ class RunConfig(Frozen):
             if isinstance(stage, (Pretrain, Finetune, Relora, Lora)):
                 texts = [need.name for need in self.needed(stage, ["tokens"])]
                 _check_mixture(f"stages[{index}] {stage.name!r}", stage.train.mixture, texts)
+            if isinstance(stage, Quantize) and stage.method != "rtn" and not self.needed(stage, ["tokens"]):
+                raise ValueError(
+                    f"stages[{index}] {stage.name!r}: method = {stage.method} looks at text, and needs names no stage "
+                    "that produces tokens: add one, or set method: rtn"
+                )
         return self
 
     def ordered(self) -> list[Stage]:
