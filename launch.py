@@ -10,6 +10,7 @@ import click
 
 from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
+from slurm.verbs.chat import chat
 from slurm.verbs.devcluster import devcluster
 from slurm.verbs.plan import plan
 from slurm.verbs.rehearse import rehearse
@@ -350,6 +351,7 @@ def _load(
 
 main.add_command(report)
 main.add_command(card)
+main.add_command(chat)
 main.add_command(devcluster)
 main.add_command(bench)
 

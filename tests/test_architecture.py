@@ -23,9 +23,9 @@ DOORS = {
     "auto_round": {"hpc/shrink/quantize.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
     "amdsmi": {"hpc/energy/counters/amd_smi.py"},
-    "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py", "hpc/evaluate/generate.py"},
+    "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py"},
     "transformers": {
-        "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
+        "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
         "hpc/reuse/gguf.py",
     },
@@ -46,11 +46,11 @@ MAY_IMPORT = {
     "hpc.energy": {"hpc.config", "hpc.errors", "hpc.run"},
     "hpc.data": {"hpc.config", "hpc.errors"},
     "hpc.model": {"hpc.config", "hpc.errors"},
-    "hpc.evaluate": {"hpc.data", "hpc.errors"},
+    "hpc.evaluate": {"hpc.data", "hpc.energy", "hpc.errors", "hpc.runtimes"},
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
     "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
     "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
-    "hpc.runtimes": {"hpc.errors", "hpc.model"},
+    "hpc.runtimes": {"hpc.data", "hpc.errors", "hpc.model"},
     "hpc.shrink": {"hpc.errors", "hpc.model", "hpc.runtimes"},
     "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
     "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
@@ -60,7 +60,8 @@ MAY_IMPORT = {
     },
     "slurm": {
         "hpc.bench", "hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.rehearse", "hpc.report",
-        "hpc.reuse.fetch", "hpc.run", "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket", "hpc.tracking.wandb",
+        "hpc.reuse.fetch", "hpc.run", "hpc.runtimes", "hpc.stages", "hpc.tracking.mirror", "hpc.tracking.ticket",
+        "hpc.tracking.wandb",
     },
 }  # fmt: skip
 """Package -> packages of ours that it may import, besides itself. hpc.stages and hpc.bench may import all of hpc."""
@@ -73,8 +74,15 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layout
               "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan",
               "hpc.rehearse.twin"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
-         "dashboard", "plan", "rehearse", "explain", "schema", "report", "card", "devcluster", "bench")  # fmt: skip
-CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py"}
+         "dashboard", "plan", "rehearse", "explain", "schema", "report", "card", "chat", "devcluster",
+         "bench")  # fmt: skip
+CALLS_PROGRAMS = {
+    "slurm/commands.py",
+    "slurm/devcluster/processes.py",
+    "slurm/bench.py",
+    "slurm/worker.py",
+    "hpc/runtimes/remote.py",
+}
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}
 

@@ -7,6 +7,7 @@ from hpc.config.run import RunConfig, Tracking
 from hpc.config.stages import (
     Artifact,
     Evaluate,
+    Export,
     Finetune,
     Lora,
     Merge,
@@ -34,8 +35,8 @@ from hpc.config.train import (
 )  # fmt: skip
 
 __all__ = [
-    "AdapterTraining", "Artifact", "Balance", "Evaluate", "ExpertChoice", "Facility", "Finetune", "Finetuning",
-    "Health", "Init", "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel", "PowerModel",
-    "Prepare", "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router", "RunConfig", "Schedule",
-    "Source", "Stage", "Stated", "Tracking", "Training", "TrainingBase", "Trains", "Upcycle",
+    "AdapterTraining", "Artifact", "Balance", "Evaluate", "ExpertChoice", "Export", "Facility", "Finetune",
+    "Finetuning", "Health", "Init", "LatentAttention", "Lora", "Machine", "Merge", "Model", "Optimizer", "Parallel",
+    "PowerModel", "Prepare", "Pretrain", "Quantize", "Relora", "ReloraTraining", "Report", "Reuse", "Router",
+    "RunConfig", "Schedule", "Source", "Stage", "Stated", "Tracking", "Training", "TrainingBase", "Trains", "Upcycle",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
 from hpc.config.calibration import Calibration
@@ -11,7 +11,7 @@ from hpc.config.near import nearest
 from hpc.config.reuse import Init, Upcycle
 from hpc.config.train import AdapterTraining, Finetuning, ReloraTraining, Training
 
-Artifact = Literal["tokens", "model", "adapter", "quantized", "metrics", "page"]
+Artifact = Literal["tokens", "model", "adapter", "quantized", "exported", "metrics", "page"]
 """What a stage leaves behind for others; the chain is checked with it when it is loaded."""
 
 
@@ -327,14 +327,49 @@ class Quantize(Task):
         return self
 
 
+GgufFormat = Literal[
+    "gguf-f16", "gguf-q8_0", "gguf-q6_k", "gguf-q5_k_m", "gguf-q4_k_m", "gguf-iq4_xs", "gguf-q4_0", "gguf-q3_k_m",
+    "gguf-q2_k",
+]  # fmt: skip
+MlxFormat = Literal[
+    "mlx-bf16", "mlx-8bit", "mlx-6bit", "mlx-5bit", "mlx-4bit", "mlx-3bit", "mlx-2bit", "mlx-mixed_4_6",
+    "mlx-mixed_3_6", "mlx-mixed_3_4", "mlx-mixed_2_6",
+]  # fmt: skip
+
+
+class Export(Task):
+    """A model as laptops run it, experts included, with its tokenizer and chat template: one GGUF file for llama.cpp,
+    or an MLX folder for Macs.
+
+    Proven before the receipt is written: unquantized, it computes in its own runtime what transformers does; every
+    matrix of the quantized artifact is near its source's; and its perplexity, divergence and greedy text stand beside
+    its source's, on the held-out part of a text that is in `needs`, else on random ids.
+    """
+
+    kind: Literal["export"]
+    """Stage kind."""
+    produces: ClassVar[Artifact] = "exported"
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",),)
+    accepts: ClassVar[tuple[Artifact, ...]] = ("model", "tokens")
+
+    format: GgufFormat | MlxFormat = "gguf-q4_k_m"
+    """Runtime and type of the weights, by the names that users of llama.cpp and mlx-lm know. Several: a `matrix`."""
+
+    group_size: Literal[32, 64, 128] = 64
+    """Weights of an MLX matrix that share a scale and an offset. GGUF's types have their own."""
+
+    prompts: list[str] = ["The people of the United States"]
+    """Beginnings that source and artifact continue greedily, side by side in the receipt."""
+
+
 class Evaluate(Task):
     """Held-out loss and perplexity of models on every token set it needs, with the same code, and generated text."""
 
     kind: Literal["evaluate"]
     """Stage kind."""
     produces: ClassVar[Artifact] = "metrics"
-    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model", "quantized"), ("tokens",))
-    accepts: ClassVar[tuple[Artifact, ...]] = ("model", "quantized", "tokens")
+    requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model", "quantized", "exported"), ("tokens",))
+    accepts: ClassVar[tuple[Artifact, ...]] = ("model", "quantized", "exported", "tokens")
 
     tokens: PositiveInt | None = None
     """Held-out tokens per token set; all of them when left out."""
@@ -346,7 +381,11 @@ class Evaluate(Task):
     """Beginnings that every model continues, for a person to read."""
 
     generate_tokens: PositiveInt = 60
-    """Tokens to generate after each prompt."""
+    """Tokens to generate after each prompt, by the runtime that the artifact is for."""
+
+    timed_seconds: NonNegativeFloat = 3.0
+    """How long each model then writes on, one answer at a time, for its tokens a second and joules a token; 0 leaves
+    both out."""
 
 
 class Report(Task):
@@ -355,14 +394,14 @@ class Report(Task):
     kind: Literal["report"]
     """Stage kind."""
     produces: ClassVar[Artifact] = "page"
-    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model", "adapter", "quantized", "metrics")
+    accepts: ClassVar[tuple[Artifact, ...]] = ("tokens", "model", "adapter", "quantized", "exported", "metrics")
 
 
 Trains = Pretrain | Finetune | Relora | Lora
 """Kinds of stages that train."""
 
 Stage = Annotated[
-    Prepare | Reuse | Pretrain | Finetune | Relora | Lora | Merge | Quantize | Evaluate | Report,
+    Prepare | Reuse | Pretrain | Finetune | Relora | Lora | Merge | Quantize | Export | Evaluate | Report,
     Field(discriminator="kind"),
 ]
 """Any stage; `kind` says which."""

@@ -5,6 +5,7 @@ Shape letters: B sequences, S seq_len, V vocabulary.
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,6 +69,28 @@ def held_out_loss(
     if not count:
         raise DataError(f"{windows} held-out sequences hold no answer: hold out more, or lower seq_len")
     return total / count, count
+
+
+def by_document(logits: Callable[[list[int]], Any]) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """A `forward` for `held_out_loss` from a function that knows nothing of batches and packed documents.
+
+    logits: ids of one text -> (S, V) array. Each window is cut where positions begin again, so that no document sees
+    another; a piece is computed by itself, from an empty cache.
+    """
+
+    def forward(ids: Tensor, positions: Tensor | None) -> Tensor:
+        rows = []
+        for row, text in enumerate(ids.tolist()):
+            starts = (
+                [0]
+                if positions is None
+                else [at for at, place in enumerate(positions[row].tolist()) if not place or not at]
+            )
+            pieces = [text[first:last] for first, last in zip(starts, [*starts[1:], len(text)], strict=True)]
+            rows.append(torch.cat([torch.from_numpy(logits(piece)) for piece in pieces]))
+        return torch.stack(rows)
+
+    return forward
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ def _facts(config: RunConfig, stage: Stage, facts: dict[str, Facts | None]) -> F
         training = stage.train
         parameters = count(training.model, training.router, vocab_size)
         return Facts(training.model, training.router, parameters, vocab_size, training.batches.seq_len)
-    found = config.needed(stage, ["model", "adapter", "quantized"])
+    found = config.needed(stage, ["model", "adapter", "quantized", "exported"])
     return facts[found[0].name] if found else None
 
 

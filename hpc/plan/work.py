@@ -41,7 +41,7 @@ def work(config: RunConfig, stage: Stage, facts: Facts | None) -> Work:
         known = [tokens for tokens in held_out if tokens is not None]
         if len(known) < len(held_out):
             return Work(unknown("FLOP", "the held-out text is not here"), None)
-        tokens = sum(known) * len(config.needed(stage, ["model", "quantized"]))
+        tokens = sum(known) * len(config.needed(stage, ["model", "quantized", "exported"]))
         flops = tokens * forward_flops_per_token(facts.model, facts.router, facts.vocab_size, facts.seq_len)
         return Work(Quantity(flops, "FLOP", "estimated: forward passes over text at 4.4 bytes a token"), tokens)
     return Work(nothing, None)

@@ -11,7 +11,7 @@ from hpc.report.series import NodePower
 
 State = Literal["done", "running", "silent", "stopped", "failed", "damaged", "not started"]
 KINDS_OF_PROVENANCE = ("measured", "derived", "estimated")
-MODELS = ("model", "quantized", "adapter")
+MODELS = ("model", "quantized", "exported", "adapter")
 """Artifacts that hold weights."""
 TRAINED = ("pretrain", "finetune", "relora")
 """Kinds of stages that train a whole model."""

@@ -229,7 +229,7 @@ def model_rows(run: RunFacts) -> Iterator[dict[str, Any]]:
     best = {key: min(row[key] for row in measured.values() if key in row) for key in token_sets(run)}
     for stage in run.stages:
         found = measured.get(stage.name, {})
-        if stage.produces not in ("model", "quantized") or (not found and stage.state != "done"):
+        if stage.produces not in ("model", "quantized", "exported") or (not found and stage.state != "done"):
             continue
         yield {
             "name": stage.name,

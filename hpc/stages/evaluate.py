@@ -1,20 +1,25 @@
 """Held-out loss of models on token sets, with the same code for all, and generated text. artifact/: results.json"""
 
+import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
-
-import torch
 
 from hpc.config import Evaluate
 from hpc.data.store import TokenStore
-from hpc.data.tokenizer import load_tokenizer
 from hpc.errors import ArtifactError
 from hpc.evaluate.generate import continue_text
-from hpc.evaluate.loss import held_out_loss
+from hpc.evaluate.loss import by_document, held_out_loss
+from hpc.evaluate.speed import Writing, joules_per_token, write_for_a_while
 from hpc.run.directory import write_json
 from hpc.run.task import Context, Result
-from hpc.shrink.quantize import load_any_model
+from hpc.runtimes.artifact import locate
+from hpc.runtimes.hugging_face import Transformers
+from hpc.runtimes.remote import Remote
+from hpc.runtimes.runner import Runner
 from hpc.stages.common import token_facts
 
 BATCH_SIZE = 8
@@ -23,65 +28,85 @@ LONGEST = 1024
 
 
 def run(context: Context) -> Result:
-    """Do the stage. Raises ArtifactError when a model does not fit a token set."""
+    """Do the stage. Raises ArtifactError when a model does not fit a token set, or its runtime refuses it."""
     stage = context.task.stage
     assert isinstance(stage, Evaluate)
     table: dict[str, dict[str, dict[str, Any]]] = {}
     samples: dict[str, list[dict[str, str]]] = {}
-    models = context.inputs("model", "quantized")
-    for name, folder in models:
+    runtimes: dict[str, dict[str, Any]] = {}
+    writings: dict[str, Writing] = {}
+    for name, folder in context.inputs("model", "quantized", "exported"):
         context.check_budget()
         context.progress(f"loading {name}")
-        model = load_any_model(folder).eval()
-        table[name] = {}
-        for set_name, tokens in context.inputs("tokens"):
-            facts = token_facts(tokens)
-            if facts["vocab_size"] > model.config.vocab_size:
-                raise ArtifactError(
-                    f"{name!r} has {model.config.vocab_size:,} vocabulary entries, {set_name!r} has "
-                    f"{facts['vocab_size']:,}: let its prepare stage need the one with the model's tokenizer"
-                )
-            table[name][set_name] = _measure(
-                context, stage, name, model, set_name, TokenStore(tokens / "held_out"), facts
-            )
-        context.progress(f"{name}: writing text")
-        tokenizer = load_tokenizer(folder)
-        samples[name] = [
-            {
-                "prompt": prompt,
-                "text": continue_text(model, tokenizer, prompt, stage.generate_tokens, context.task.seed),
+        longest = stage.seq_len or _context_length(folder)
+        runtime, _ = locate(folder)
+        with _opened(folder, longest) as model:
+            table[name] = {
+                set_name: _measure(context, stage, (name, model), (set_name, tokens), longest)
+                for set_name, tokens in context.inputs("tokens")
             }
-            for prompt in stage.prompts
-        ]
-        del model
+            context.progress(f"{name}: writing text")
+            samples[name] = [
+                {"prompt": prompt, "text": continue_text(model, prompt, stage.generate_tokens, context.task.seed)}
+                for prompt in stage.prompts
+            ]
+            writings[name] = write_for_a_while(model, stage.prompts[0], longest, stage.timed_seconds)
+            runtimes[name] = {
+                "runtime": runtime,
+                "memory_bytes": model.memory_bytes(),
+                "tokens_per_s": writings[name].tokens_per_s,
+            }
+    for name, writing in writings.items():  # its last second is sampled by now
+        runtimes[name]["j_per_token"] = joules_per_token(context.directory.root, context.attempt, writing)
     context.directory.artifact.mkdir(parents=True)
-    metrics = {"models": table, "samples": samples}
+    metrics = {"models": table, "samples": samples, "runtimes": runtimes}
     write_json(context.directory.artifact / "results.json", metrics)
     return Result(
         metrics,
         {
-            "models": "measured: held-out tokens of each set in windows of the context length, fp32; perplexity, "
-            "bits_per_byte derived from loss",
-            "samples": "measured: sampled with temperature 0.8, top-k 40, one seed",
+            "models": "measured: held-out tokens of each set in windows of the context length, no document sees "
+            "another, by the artifact's runtime (transformers: fp32 on a CPU); perplexity, bits_per_byte derived",
+            "samples": "measured: sampled with temperature 0.8, top-k 40, one seed, by the artifact's runtime",
+            "runtimes": f"measured: {stage.timed_seconds:g} s of writing one answer at a time; j_per_token: the node's "
+            "joules in that time by its samplers, per new token; memory_bytes: weights, as the runtime counts them",
         },
         {},
         ("torch", "transformers"),
     )
 
 
-def _measure(
-    context: Context, stage: Evaluate, name: str, model: Any, set_name: str, store: TokenStore, facts: dict[str, Any]
-) -> dict[str, Any]:
-    def forward(ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-        logits: torch.Tensor = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        return logits
+def _context_length(folder: Path) -> int:
+    config = folder / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    return min(LONGEST, content.get("max_position_embeddings") or LONGEST)
 
+
+@contextmanager
+def _opened(folder: Path, context_length: int) -> Iterator[Runner]:
+    """A model in its runtime: transformers in this process, which has it loaded, others in a process of their own."""
+    if locate(folder)[0] == "transformers":
+        yield Transformers(folder)
+        return
+    with Remote(folder, context_length) as model:
+        yield model
+
+
+def _measure(
+    context: Context, stage: Evaluate, named_model: tuple[str, Runner], named_tokens: tuple[str, Path], seq_len: int
+) -> dict[str, Any]:
+    (name, model), (set_name, tokens) = named_model, named_tokens
+    facts, store = token_facts(tokens), TokenStore(tokens / "held_out")
+    if facts["vocab_size"] > model.vocab_size:
+        raise ArtifactError(
+            f"{name!r} has {model.vocab_size:,} vocabulary entries, {set_name!r} has {facts['vocab_size']:,}: let its "
+            "prepare stage need the one with the model's tokenizer"
+        )
     began = time.monotonic()
-    loss, tokens = held_out_loss(
-        forward,
+    loss, count = held_out_loss(
+        model.batch_logits if isinstance(model, Transformers) else by_document(model.logits),
         [store],
-        seq_len=stage.seq_len or min(LONGEST, model.config.max_position_embeddings),
-        batch_size=BATCH_SIZE,
+        seq_len=seq_len,
+        batch_size=BATCH_SIZE if isinstance(model, Transformers) else 1,
         max_tokens=stage.tokens,
         progress=lambda done, total: context.progress(f"{name} on {set_name}", done=done, total=total),
     )
@@ -90,6 +115,6 @@ def _measure(
         "loss": loss,
         "perplexity": math.exp(loss),
         "bits_per_byte": loss / math.log(2) * tokens_per_byte if store.answers is None else None,
-        "tokens": tokens,
-        "tokens_per_s": tokens / (time.monotonic() - began),
+        "tokens": count,
+        "tokens_per_s": count / (time.monotonic() - began),
     }

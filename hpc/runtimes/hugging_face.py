@@ -1,0 +1,94 @@
+"""The door to transformers as a runtime: full-precision folders and compressed-tensors ones, which it unpacks."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hpc.data.chat import TEMPLATE, prompt_text
+from hpc.data.tokenizer import load_tokenizer
+from hpc.model.build import load_model
+from hpc.runtimes.runner import Sampling
+
+
+class Transformers:
+    """A transformers folder; on a GPU where there is one, in fp32 on a CPU and in its own precision on a GPU."""
+
+    def __init__(self, folder: Path) -> None:
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = torch.float32 if self._device == "cpu" else torch.bfloat16
+        self._model = load_model(folder, dtype).eval().to(self._device)
+        self._tokenizer = load_tokenizer(folder)
+        self._plain = load_tokenizer(folder)
+        self._plain.encode_special_tokens = True
+        self._template = folder / TEMPLATE
+        self._ends = _ends(folder, self._model.config.eos_token_id)
+        self.vocab_size = int(self._model.config.vocab_size)
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """As in Runner."""
+        tokenizer = self._tokenizer if special else self._plain
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: list[int]) -> str:
+        """As in Runner."""
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def batch_logits(self, ids: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+        """Logits (B, S, V) of ids (B, S); positions (B, S) begin again where another document does."""
+        places = None if positions is None else positions.to(self._device)
+        with torch.no_grad():
+            found: torch.Tensor = self._model(
+                input_ids=ids.to(self._device), position_ids=places, use_cache=False
+            ).logits
+        return found.cpu()
+
+    def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
+        """As in Runner."""
+        with torch.no_grad():
+            found = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=False).logits[0]
+        array: npt.NDArray[np.float32] = found.float().cpu().numpy()
+        return array
+
+    def stream(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
+        """As in Runner."""
+        random = torch.Generator().manual_seed(sampling.seed)
+        new, cache = torch.tensor([ids], device=self._device), None
+        for _ in range(max_tokens):
+            with torch.no_grad():
+                output = self._model(input_ids=new, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            token = _choose(output.logits[0, -1].float().cpu(), sampling, random)
+            if token in self._ends:
+                return
+            yield token
+            new = torch.tensor([[token]], device=self._device)
+
+    def chat_prompt(self, messages: list[dict[str, str]]) -> str | None:
+        """As in Runner."""
+        if not self._template.is_file():
+            return None
+        return prompt_text(self._template.read_text(encoding="utf-8"), messages)
+
+    def memory_bytes(self) -> int | None:
+        """As in Runner: parameters and buffers."""
+        tensors: list[torch.Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _ends(folder: Path, config_end: int | list[int] | None) -> set[int]:
+    """Ids that end an answer, from generation_config.json or the configuration."""
+    path = folder / "generation_config.json"
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    end = content.get("eos_token_id", config_end)
+    return set() if end is None else {end} if isinstance(end, int) else set(end)
+
+
+def _choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
+    if sampling.temperature == 0:
+        return int(logits.argmax())
+    best, ids = logits.topk(min(sampling.top_k, len(logits)))
+    return int(ids[torch.multinomial((best / sampling.temperature).softmax(-1), 1, generator=random)])

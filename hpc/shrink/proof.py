@@ -1,0 +1,122 @@
+"""The reload proof: an artifact in its own runtime beside the model it was made from, on the same text.
+
+What a library wrote is not believed. Both are opened in fresh processes (hpc/runtimes/remote.py), get the same ids, and
+are compared position by position; their tokenizers get the same text; both continue the same prompts greedily.
+
+Shape letters: S ids of one sequence, V vocabulary.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from hpc.errors import ArtifactError
+from hpc.runtimes.runner import Runner, Sampling
+
+SCRIPTS = "Zoë's café: 3,14 × 10⁶ €; naïve 日本語 текст ελληνικά\n\tdef f(x):\n        return {'a': x**2}  # 🙂\r\n"
+"""Text that tokenizers like to disagree on."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How closely an artifact follows its source, over all positions of all sequences."""
+
+    kl: float
+    """Mean KL(source || artifact), nats per token."""
+    kl_worst: float
+    """The largest of a position."""
+    top1_agreement: float
+    """Fraction of positions with the same most likely token."""
+    source_loss: float
+    """Mean negative log-likelihood of the next token, nats."""
+    loss: float
+    """Of the artifact."""
+    tokens: int
+    """Predicted tokens."""
+    bytes: int
+    """Bytes of text that they stand for."""
+
+    @property
+    def perplexity_ratio(self) -> float:
+        """Perplexity of the artifact over its source's; 1.02 is two percent worse."""
+        return math.exp(self.loss - self.source_loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Of the artifact; None for ids that are no text."""
+        return self.loss / math.log(2) * self.tokens / self.bytes if self.bytes else None
+
+
+def compare(source: Runner, artifact: Runner, sequences: list[list[int]]) -> Agreement:
+    """Give both the same sequences. Raises ArtifactError for logits that are no numbers or lack some tokens."""
+    if artifact.vocab_size < source.vocab_size:
+        raise ArtifactError(
+            f"the artifact read back knows {artifact.vocab_size:,} tokens, its source {source.vocab_size:,}: refused"
+        )
+    divergences: list[npt.NDArray[np.float64]] = []
+    same, lost, lost_there, tokens, size = 0, 0.0, 0.0, 0, 0
+    for ids in sequences:
+        p, q = (_log_softmax(runner.logits(ids)[:, : source.vocab_size]) for runner in (source, artifact))
+        if not np.isfinite(q).all():
+            raise ArtifactError("the artifact read back gives logits that are no numbers: it is refused")
+        divergences.append((np.exp(p) * (p - q)).sum(-1))
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+        places, targets = np.arange(len(ids) - 1), np.array(ids[1:])
+        lost += float(-p[places, targets].sum())
+        lost_there += float(-q[places, targets].sum())
+        tokens += len(targets)
+        size += len(source.decode(ids[1:]).encode())
+    kl = np.concatenate(divergences)
+    return Agreement(
+        kl=float(kl.mean()),
+        kl_worst=float(kl.max()),
+        top1_agreement=same / len(kl),
+        source_loss=lost / tokens,
+        loss=lost_there / tokens,
+        tokens=tokens,
+        bytes=size,
+    )
+
+
+def check_tokenizer(source: Runner, artifact: Runner, text: str) -> None:
+    """Whether both make the same ids of a text. Raises ArtifactError that shows where they part."""
+    for sample in (SCRIPTS, text):
+        wanted, found = source.encode(sample), artifact.encode(sample)
+        if wanted != found:
+            at = next((n for n, pair in enumerate(zip(wanted, found, strict=False)) if pair[0] != pair[1]), len(found))
+            near = source.decode(wanted[max(0, at - 2) : at + 3])
+            raise ArtifactError(f"the artifact's tokenizer parts from its source's near {near!r}: it is refused")
+        if artifact.decode(found) != source.decode(wanted):
+            raise ArtifactError("the artifact's tokenizer writes the same ids as another text: it is refused")
+
+
+@dataclass(frozen=True)
+class Continued:
+    """One prompt, continued by both, always with the most likely token."""
+
+    prompt: str
+    source: str
+    artifact: str
+    same_tokens: int
+    """New tokens until the first difference."""
+
+
+def continue_both(source: Runner, artifact: Runner, prompt: str, tokens: int) -> Continued:
+    """Greedy text of both after a prompt."""
+    ids = source.encode(prompt)
+    first, second = (list(runner.stream(ids, tokens, Sampling())) for runner in (source, artifact))
+    same = next(
+        (n for n, pair in enumerate(zip(first, second, strict=False)) if pair[0] != pair[1]),
+        min(len(first), len(second)),
+    )
+    return Continued(prompt, source.decode(first), artifact.decode(second), same)
+
+
+def _log_softmax(logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
+    """Over V, in double precision: (S, V) -> (S, V)."""
+    shifted = logits.astype(np.float64)
+    shifted -= shifted.max(-1, keepdims=True)
+    shifted -= np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return shifted
