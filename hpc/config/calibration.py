@@ -8,7 +8,7 @@ from hpc.config.base import Frozen
 
 
 class Calibration(Frozen):
-    """Held-in text of the `tokens` stages in `needs`, taken evenly from all over each; the held-out part is not seen."""
+    """Held-in text of the `tokens` stages in `needs`, taken evenly from all over each; never the held-out part."""
 
     tokens: PositiveInt = 32_768
     """Tokens to begin with, over all texts. Memory grows with it: twice tokens x hidden_size numbers wait between two

@@ -311,8 +311,18 @@ class Quantize(Task):
     """No zero point: the range of a group is even around 0. Without symmetry a group has a zero point of `bits` bits
     more and loses less."""
 
+    bits_per_weight: PositiveFloat | None = Field(default=None, ge=2, le=9)
+    """A budget for the quantized matrices, scales and zero points included, in place of `bits`: each expert, and each
+    block of dense matrices, gets 2 to 8 bits by what rounding it does to calibration text (its tokens and their weights
+    count), so that the sum of errors is least. It wants `tokens` in `needs`."""
+
     calibration: Calibration = Calibration()
-    """What `auto_round` looks at, and what every expert must see of it."""
+    """The text that `auto_round` and `bits_per_weight` look at, and what every expert must see of it."""
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether the result depends on calibration text."""
+        return self.method != "rtn" or self.bits_per_weight is not None or self.calibration.min_expert_tokens > 0
 
     @model_validator(mode="after")
     def _check_format(self) -> Self:
@@ -320,8 +330,8 @@ class Quantize(Task):
             for key, value, default in (("bits", self.bits, 8), ("symmetric", self.symmetric, True)):
                 if value != default:
                     raise ValueError(f"{key} = {value}, but format = fp8 has {key} = {default}: set it so")
-            if self.method != "rtn":
-                raise ValueError("format = fp8 is rounded to nearest: set method: rtn, or format: int")
+            if self.looks_at_text:
+                raise ValueError("format = fp8 is rounded to nearest without text: set method: rtn, or format: int")
         if self.bits == 8 and not self.symmetric:
             raise ValueError("bits = 8 with symmetric = false is a format no runtime reads: set symmetric: true")
         return self
