@@ -20,7 +20,7 @@ DOORS = {
     "peft": {"hpc/adapt/lora.py", "hpc/adapt/merge.py"},
     "wandb": {"hpc/tracking/wandb.py"},
     "wandb_workspaces": {"hpc/tracking/dashboard.py"},
-    "auto_round": {"hpc/shrink/quantize.py"},
+    "auto_round": {"hpc/shrink/auto_round.py"},
     "pynvml": {"hpc/energy/counters/nvml.py"},
     "amdsmi": {"hpc/energy/counters/amd_smi.py"},
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py"},

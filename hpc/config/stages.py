@@ -5,6 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from hpc.config.base import Frozen
+from hpc.config.calibration import Calibration
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
 from hpc.config.reuse import Init, Upcycle
@@ -281,8 +282,8 @@ class Merge(Task):
 class Quantize(Task):
     """Post-training quantization of a model's linear layers and experts; embeddings, router and head stay as they are.
 
-    Round-to-nearest, weight only (auto-round). The artifact is read back and compared with its source before the
-    receipt is written: on the held-out part of a text that is in `needs`, else on random ids.
+    Compressed-tensors, by auto-round, in a process of its own. The artifact is read back and compared with its source
+    before the receipt is written: on the held-out part of a text that is in `needs`, else on random ids.
     """
 
     kind: Literal["quantize"]
@@ -291,11 +292,49 @@ class Quantize(Task):
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",),)
     accepts: ClassVar[tuple[Artifact, ...]] = ("model", "tokens")
 
-    bits: Literal[4, 8] = 4
-    """Bits per weight."""
+    method: Literal["rtn", "auto_round"] = "rtn"
+    """`rtn` rounds every weight to the nearest step, without text, tensor by tensor. `auto_round` learns for each layer
+    which weights to round up or down, and the range of each group, so that the layer's output on calibration text
+    stays (SignRound, arXiv:2309.05516); it wants `tokens` in `needs`."""
+
+    format: Literal["int", "fp8"] = "int"
+    """`int`: weights in `bits` bits, activations as they are. `fp8`: weights in E4M3 with one scale a row, and
+    activations too, scaled token by token while the model runs (W8A8); for processors that compute in fp8."""
+
+    bits: int = Field(default=4, ge=2, le=8)
+    """Bits per weight. transformers reads them all; vLLM's kernels are for 4 and 8."""
 
     group_size: Literal[32, 64, 128] = 128
-    """Weights that share one scale; must divide hidden_size and expert_size."""
+    """Weights that share one 16-bit scale; must divide hidden_size and expert_size. Of no effect on fp8."""
+
+    symmetric: bool = True
+    """No zero point: the range of a group is even around 0. Without symmetry a group has a zero point of `bits` bits
+    more and loses less."""
+
+    bits_per_weight: PositiveFloat | None = Field(default=None, ge=2, le=9)
+    """A budget for the quantized matrices, scales and zero points included, in place of `bits`: each expert, and each
+    block of dense matrices, gets 2 to 8 bits by what rounding it does to calibration text (its tokens and their weights
+    count), so that the sum of errors is least. It wants `tokens` in `needs`."""
+
+    calibration: Calibration = Calibration()
+    """The text that `auto_round` and `bits_per_weight` look at, and what every expert must see of it."""
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether the result depends on calibration text."""
+        return self.method != "rtn" or self.bits_per_weight is not None or self.calibration.min_expert_tokens > 0
+
+    @model_validator(mode="after")
+    def _check_format(self) -> Self:
+        if self.format == "fp8":
+            for key, value, default in (("bits", self.bits, 8), ("symmetric", self.symmetric, True)):
+                if value != default:
+                    raise ValueError(f"{key} = {value}, but format = fp8 has {key} = {default}: set it so")
+            if self.looks_at_text:
+                raise ValueError("format = fp8 is rounded to nearest without text: set method: rtn, or format: int")
+        if self.bits == 8 and not self.symmetric:
+            raise ValueError("bits = 8 with symmetric = false is a format no runtime reads: set symmetric: true")
+        return self
 
 
 GgufFormat = Literal[

@@ -99,6 +99,15 @@ def empty_model(config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+def hollow_model(config: PretrainedConfig) -> PreTrainedModel:
+    """The decoder of a model, without head and without weights (on torch's `meta` device); what is computed from the
+    configuration, such as rotary frequencies, is there."""
+    with torch.device("meta"):
+        base: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).model
+    base.rotary_emb = type(base.rotary_emb)(config)
+    return base
+
+
 def config_from(content: dict[str, Any]) -> PretrainedConfig:
     """The transformers configuration that a config.json with this content would be read as."""
     rest = {key: value for key, value in content.items() if key != "model_type"}

@@ -25,7 +25,7 @@ def check_stage(machine: Machine, stage: Stage, facts: Facts | None, nodes: int,
             f"stage {stage.name!r}: seq_len {stage.train.batches.seq_len} is longer than the context of its model, "
             f"{facts.seq_len}: choose at most {facts.seq_len}"
         )
-    if isinstance(stage, Quantize) and facts:
+    if isinstance(stage, Quantize) and stage.format == "int" and facts:
         _check_groups(stage, facts.model)
 
 

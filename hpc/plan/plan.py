@@ -33,6 +33,7 @@ from hpc.plan.memory import Memory, checkpoint_bytes, training_memory
 from hpc.plan.params import count_adapter
 from hpc.plan.process import PROCESS_BYTES
 from hpc.plan.quantity import GIB, Quantity, unknown
+from hpc.plan.quantizing import quantize_memory
 from hpc.plan.reused import catalogue_note
 from hpc.plan.step_time import StepTime
 from hpc.plan.work import Work, text_bytes, work
@@ -178,7 +179,7 @@ def _plan_stage(
         total_params=facts.parameters.total if facts else None,
         active_params=facts.parameters.active if facts else None,
         trainable_params=trainable,
-        memory_per_rank=_memory_quantity(facts, memory, settings, precision),
+        memory_per_rank=_memory_quantity(config, stage, facts, memory),
         flops=todo.flops,
         time=time,
         energy=energy_of(machine, time, nodes, ranks_per_node),
@@ -216,11 +217,13 @@ def _trainable(stage: Stage, facts: Facts | None) -> int | None:
     return adapters
 
 
-def _memory_quantity(
-    facts: Facts | None, memory: Memory | None, settings: TrainingBase | None, precision: str | None
-) -> Quantity:
+def _memory_quantity(config: RunConfig, stage: Stage, facts: Facts | None, memory: Memory | None) -> Quantity:
     if facts is None:
         return unknown("B", "no model, or its size is not known yet")
+    if isinstance(stage, Quantize):
+        parts = quantize_memory(facts, stage, len(config.needed(stage, ["tokens"])))
+        fullest = max(parts, key=lambda part: part.bytes)
+        return Quantity(fullest.bytes, "B", f"derived: {fullest.name}: {fullest.formula}")
     if memory is None:
         return Quantity(PROCESS_BYTES + 4.0 * facts.parameters.total, "B", "derived: fp32 weights, and the process")
     return Quantity(

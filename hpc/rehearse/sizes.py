@@ -21,6 +21,9 @@ VOCABULARY = 512
 GROUP_SIZE = 32
 """Weights to a scale in quantization: divides every width here."""
 
+CALIBRATION = {"tokens": 1024, "max_tokens": 2048, "seq_len": SEQ_LEN, "iterations": 2, "batch_size": MICRO_BATCH}
+"""At most, of quantization with text."""
+
 Settings = dict[str, Any]
 
 
@@ -46,6 +49,15 @@ def attention(hidden: int, heads: int, kv_heads: int) -> tuple[int, int, int]:
     few_kv = min(kv_heads, max(1, 4 // ratio))
     few = ratio * few_kv
     return min(hidden, few * HEAD_DIM), few, few_kv
+
+
+def quantization(settings: Settings, *, looks_at_text: bool) -> None:
+    """Cut a quantize stage, in place."""
+    settings["group_size"] = GROUP_SIZE
+    if not looks_at_text:
+        return
+    kept = settings["calibration"]
+    settings["calibration"] = kept | {key: min(kept[key] or most, most) for key, most in CALIBRATION.items()}
 
 
 def model(settings: Settings, router: Settings) -> None:

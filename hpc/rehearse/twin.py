@@ -102,7 +102,7 @@ def twin(config: RunConfig, room: Room, device: str) -> Twin:
                 sizes.model(settings["train"]["model"], settings["train"]["router"])
             sizes.training(settings["train"], room, device)
         elif isinstance(stage, Quantize):
-            settings["group_size"] = sizes.GROUP_SIZE
+            sizes.quantization(settings, looks_at_text=stage.looks_at_text)
         elif isinstance(stage, Evaluate):
             settings["tokens"] = min(settings["tokens"] or sizes.EVALUATE_TOKENS, sizes.EVALUATE_TOKENS)
             settings["seq_len"] = min(settings["seq_len"] or sizes.SEQ_LEN, sizes.SEQ_LEN)

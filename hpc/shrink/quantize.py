@@ -1,30 +1,20 @@
-"""The door to auto-round: weight-only quantization of linear layers and experts into the compressed-tensors format.
+"""A quantized model beside its source: what a library wrote is read back and compared, and what is in its files."""
 
-Round-to-nearest, tensor by tensor from disk, so memory does not grow with the model. transformers and vLLM read the
-format; transformers unpacks it to full precision at load, so the file shrinks, not the memory of a transformers
-process. Embedding, head, norms and router keep their precision.
-
-What a library writes is not believed: `check` reads the artifact back and compares it with its source.
-"""
-
-import re
-import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from hpc.errors import ArtifactError
 from hpc.model.build import load_model, tensor_group
+from hpc.shrink.matrices import accepted_error
 
-KL_LIMIT = {4: 0.05, 8: 0.005}
-"""Largest accepted KL divergence (nats per token) from the source; a misread artifact is far above it."""
+KL_LIMIT = {2: 2.0, 3: 0.5, 4: 0.05, 5: 0.02, 6: 0.01, 7: 0.007, 8: 0.005}
+"""Largest accepted KL divergence (nats per token) from the source, by bits; a misread artifact is far above it."""
 
 
 @dataclass(frozen=True)
@@ -35,66 +25,6 @@ class Comparison:
     """Mean KL(source || quantized), nats per token."""
     top1_agreement: float
     """Fraction of positions with the same most likely token."""
-
-
-def quantize(source: Path, folder: Path, bits: int, group_size: int, scratch: Path) -> None:
-    """Quantize a transformers folder into `folder`. Raises ArtifactError when auto-round leaves no model behind."""
-    from auto_round import AutoRound
-
-    shutil.rmtree(scratch, ignore_errors=True)
-    rounding = AutoRound(
-        str(source), bits=bits, group_size=group_size, sym=True, iters=0, disable_opt_rtn=True, device_map="cpu",
-        scheme=f"W{bits}A16",
-    )  # fmt: skip
-    with _mixtral_read():
-        rounding.quantize_and_save(output_dir=str(scratch), format="llm_compressor")
-    written = [path.parent for path in scratch.rglob("config.json")]
-    if len(written) != 1:
-        raise ArtifactError(f"auto-round wrote {len(written)} models into {scratch} where one was expected")
-    written[0].rename(folder)
-    shutil.rmtree(scratch, ignore_errors=True)
-    _name_as_mixtral(folder)
-    for path in folder.iterdir():
-        path.chmod(0o644)
-
-
-@contextmanager
-def _mixtral_read() -> Iterator[None]:
-    """Let auto-round find Mixtral's experts while it reads a model layer by layer.
-
-    It renames either the module (`block_sparse_moe`) or the matrix (`w1`), and Mixtral's files rename both.
-    """
-    from auto_round.utils import disk_stream_util as streaming
-
-    known = streaming._renamed_expert_candidates
-
-    def candidates(index: Any, name: str) -> Iterator[str]:
-        for candidate in known(index, name):
-            yield candidate
-            yield candidate.replace(".mlp.experts.", ".block_sparse_moe.experts.")
-
-    streaming._renamed_expert_candidates = candidates
-    try:
-        yield
-    finally:
-        streaming._renamed_expert_candidates = known
-
-
-def _name_as_mixtral(folder: Path) -> None:
-    """Give Mixtral's quantized experts the names transformers and vLLM read; auto-round's loader does not find them."""
-    matrices = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
-    pattern = re.compile(r"(?<=\.block_sparse_moe\.experts\.)(\d+)\.(gate_proj|down_proj|up_proj)(?=\.)")
-
-    def renamed(name: str) -> str:
-        return pattern.sub(lambda found: f"{found[1]}.{matrices[found[2]]}", name)
-
-    for path in folder.glob("*.safetensors"):
-        tensors = load_file(path)
-        if any(renamed(name) != name for name in tensors):
-            save_file({renamed(name): tensor for name, tensor in tensors.items()}, path, {"format": "pt"})
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        index.write_text(renamed(index.read_text()))
 
 
 def load_any_model(folder: Path) -> PreTrainedModel:
@@ -111,11 +41,6 @@ def compare(source: PreTrainedModel, quantized: PreTrainedModel, ids: torch.Tens
     return Comparison(kl, float((p.argmax(-1) == q.argmax(-1)).float().mean()))
 
 
-MATRIX_LIMIT = {4: 0.5, 8: 0.05}
-"""Largest accepted error of one matrix, root mean square relative to its own; round-to-nearest makes 0.1 and 0.01.
-Another matrix in its place makes 1.4."""
-
-
 def check_matrices(source: PreTrainedModel, quantized: PreTrainedModel, bits: int) -> float:
     """Compare every matrix read back with its source, an expert's by itself; returns the largest relative error.
 
@@ -128,10 +53,10 @@ def check_matrices(source: PreTrainedModel, quantized: PreTrainedModel, bits: in
         first, second = wanted.detach().float(), held[name].detach().float()
         size = first.square().sum().sqrt()
         error = float((first - second).square().sum().sqrt() / size) if size else float(second.abs().max())
-        if not error <= MATRIX_LIMIT[bits]:
+        if not error <= accepted_error(bits):
             raise ArtifactError(
                 f"the quantized model read back has another {name}: {error:.2f} of its size away, accepted is "
-                f"{MATRIX_LIMIT[bits]} at {bits} bits: the artifact is refused"
+                f"{accepted_error(bits):.2f} at {bits} bits: the artifact is refused"
             )
         worst = max(worst, error)
     return worst
@@ -174,7 +99,7 @@ def check(comparison: Comparison, packed: dict[str, Any], matrices: dict[str, in
 
 
 def packed_census(folder: Path) -> dict[str, Any]:
-    """Tensors and bytes on disk by group, and how many of them are packed integers."""
+    """Tensors and bytes on disk by group, and how many of them are packed integers or 8-bit floats."""
     groups: dict[str, dict[str, int]] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
@@ -182,6 +107,26 @@ def packed_census(folder: Path) -> dict[str, Any]:
                 tensor = file.get_tensor(name)
                 entry = groups.setdefault(tensor_group(name), {"tensors": 0, "packed_tensors": 0, "bytes": 0})
                 entry["tensors"] += 1
-                entry["packed_tensors"] += name.endswith("weight_packed")
+                entry["packed_tensors"] += name.endswith("weight_packed") or tensor.dtype == torch.float8_e4m3fn
                 entry["bytes"] += tensor.numel() * tensor.element_size()
     return groups
+
+
+def quantized_bits(folder: Path) -> float | None:
+    """Bits a weight of the matrices that were quantized, scales and zero points included; None when there are none."""
+    bits, weights = 0, 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - as above
+            scaled = {name.removesuffix("weight_scale") for name in tensors if name.endswith(".weight_scale")}
+            for name in tensors:
+                place, _, part = name.rpartition(".")
+                if f"{place}." not in scaled or not part.startswith("weight"):
+                    continue
+                if part == "weight_shape":
+                    weights += int(file.get_tensor(name).prod())
+                    continue
+                tensor = file.get_tensor(name)
+                bits += 8 * tensor.numel() * tensor.element_size()
+                weights += tensor.numel() if part == "weight" else 0
+    return bits / weights if weights else None

@@ -65,6 +65,11 @@ def check_fit(context: Context, config: Any, settings: TrainingBase) -> None:
             f"parallel.expert_parallel_size = {group} does not divide the {experts} experts of {name!r}: choose a "
             f"divisor of {experts}"
         )
+    check_vocabulary(context, name, config)
+
+
+def check_vocabulary(context: Context, name: str, config: Any) -> None:
+    """Raises DataError for a needed text with ids that the model `name` has no embedding for. config: transformers'."""
     for text, folder in context.inputs("tokens"):
         entries = token_facts(folder)["vocab_size"]
         if entries > config.vocab_size:

@@ -51,8 +51,11 @@ def chain(folder: Path, base: Path) -> dict[str, Any]:
             {"name": "lora-talk", "kind": "lora", "needs": ["tuned", "talk"], "train": {**LORA, "base_bits": 4}},
             {"name": "merge", "kind": "merge", "needs": ["tuned", "lora-text", "lora-talk"],
              "weights": {"lora-text": 0.5}},
-            {"name": "quantize", "kind": "quantize", "needs": ["merge"], "group_size": 32},
+            {"name": "quantize", "kind": "quantize", "needs": ["merge", "text"], "method": "auto_round",
+             "group_size": 32, "bits_per_weight": 4.8, "symmetric": False,
+             "calibration": {"tokens": 1024, "seq_len": 64, "iterations": 2, "min_expert_tokens": 300}},
             {"name": "evaluate", "kind": "evaluate", "needs": ["dense", "tuned", "merge", "quantize", "text", "talk"],
+             "gate": ["quantize.min_expert_tokens >= 1", "quantize.matrix_bits_per_weight <= 4.8"],
              "generate_tokens": 4},
         ],
     }  # fmt: skip
@@ -122,6 +125,23 @@ def test_the_merged_model_is_better_at_the_conversation_and_the_quantized_one_no
     assert 0.02 < metrics(done, "quantize")["max_matrix_error"] < 0.2
     assert models["quantize"]["talk"]["loss"] < models["merge"]["talk"]["loss"] * 1.05
     assert models["merge"]["talk"]["bits_per_byte"] is None  # only answers are measured
+
+
+def test_a_budget_of_bits_is_kept_and_experts_that_saw_little_text_are_named(done: Path) -> None:
+    found = metrics(done, "quantize")
+    census = json.loads((done / "stages/quantize/receipt.json").read_text())["census"]
+    assert 4.5 < found["matrix_bits_per_weight"] <= 4.8
+    experts = {name: unit["bits"] for name, unit in census["bits"].items() if "experts" in name}
+    assert len(experts) == 2 * 4
+    assert len(set(experts.values())) > 1
+    seen = census["calibration"]["assignments"]
+    assert 1024 <= found["calibration_tokens"] <= 4096
+    assert [sum(layer) for layer in seen] == [2 * found["calibration_tokens"]] * 2
+    assert found["min_expert_tokens"] == min(map(min, seen))
+    short = [count for layer in seen for count in layer if count < 300]
+    assert found["experts_under_minimum"] == len(short)
+    assert [expert["tokens"] for expert in census["calibration"]["short"]] == short
+    assert not short or found["calibration_tokens"] > 2048
 
 
 def test_an_adapter_of_another_base_is_refused(done: Path, launch: Launch) -> None:

@@ -119,6 +119,25 @@ def test_a_stage_with_an_input_it_cannot_use_is_refused(config: Path) -> None:
     assert "stages[3] 'smaller' (quantize) cannot use 'small', which produces quantized" in refused(config)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("method: auto_round", "look at text, and needs names no stage that produces tokens: add one"),
+        ("bits_per_weight: 4.25", "look at text, and needs names no stage that produces tokens: add one"),
+        ("calibration: {min_expert_tokens: 9}", "look at text, and needs names no stage that produces tokens"),
+        ("format: fp8", "bits = 4, but format = fp8 has bits = 8: set it so"),
+        ("format: fp8, bits: 8, method: auto_round", "format = fp8 is rounded to nearest without text: set method: rtn"),
+        ("bits: 8, symmetric: false", "is a format no runtime reads: set symmetric: true"),
+        ("bits: 9", "bits: 9: input should be less than or equal to 8"),
+        ("calibration: {tokens: 100}", "tokens = 100 is less than a window, seq_len = 256: raise tokens"),
+        ("calibration: {max_tokens: 1000}", "max_tokens = 1000 is less than tokens = 32768: raise max_tokens"),
+    ],
+)
+def test_a_quantization_that_cannot_be_is_refused_with_a_way_out(config: Path, settings: str, words: str) -> None:
+    config.write_text(CHAIN + f"  - {{name: small, kind: quantize, needs: [pretrain], {settings}}}\n")
+    assert words in refused(config)
+
+
 def test_a_name_used_twice_is_refused(config: Path) -> None:
     edited(config, "name: pretrain", "name: text")
     assert "the name is used twice" in refused(config)

@@ -25,7 +25,10 @@ MAY_DIFFER = {
     "": {"name", "tracking.wandb"},
     "prepare": {"sources", "held_out_fraction", "tokenizer", "tokenizer.vocab_size", "tokenizer.path"},
     "reuse": {"init.from", "init.revision", "init.sha256", "upcycle.num_experts"},
-    "quantize": {"group_size"},
+    "quantize": {
+        "group_size", "calibration.tokens", "calibration.max_tokens", "calibration.seq_len", "calibration.iterations",
+        "calibration.batch_size",
+    },
     "evaluate": {"tokens", "seq_len", "generate_tokens"},
     "train": {
         "model.hidden_size", "model.num_layers", "model.num_attention_heads", "model.num_key_value_heads",

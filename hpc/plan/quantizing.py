@@ -1,0 +1,43 @@
+"""Bytes that a quantize stage holds at its fullest: its own process and the one that a library quantizes in.
+
+Two moments count, the larger one is planned for: while the library quantizes, layer by layer, and while the artifact is
+read back beside its source (hpc/shrink/auto_round.py, hpc/stages/quantize.py). Constants are measured where they stand.
+
+Symbols: N parameters, V vocabulary, H hidden size, L layers.
+"""
+
+from hpc.config import Quantize
+from hpc.plan.facts import Facts
+from hpc.plan.memory import Part
+from hpc.plan.process import PROCESS_BYTES
+
+MIB = 2**20
+LIBRARY_BYTES = 700 * MIB
+"""Resident in the process that quantizes once auto-round and transformers are imported."""
+PER_TUNED = 28
+"""Bytes a parameter of the layer in turn under SignRound: weights, their rounding and its gradient, what both were at
+their best, rounded weights and the same on the way to the file, fp32 each."""
+SHARD_BYTES = 5e9
+"""Packed matrices wait in memory until a file is full: auto-round's max_shard_size."""
+PROBED = 512
+"""Ids that source and artifact are compared on, of each text."""
+
+
+def quantize_memory(facts: Facts, stage: Quantize, texts: int) -> tuple[Part, Part]:
+    """While the library quantizes, and while the artifact is read back. texts: token sets that the stage needs."""
+    total, layers = facts.parameters.total, facts.model.num_layers
+    outside = facts.parameters.embedding + facts.parameters.head
+    layer = (total - outside) / layers
+    bits = stage.bits_per_weight or stage.bits
+    packed = min(SHARD_BYTES, (total - outside) * bits / 8)
+    quantizing = PROCESS_BYTES + LIBRARY_BYTES + packed + 4.0 * outside
+    how = "process + library + packed matrices + 4 bytes a parameter outside of the layers"
+    if stage.method != "rtn":
+        waiting = 3 * 4.0 * facts.model.hidden_size * stage.calibration.most_tokens
+        quantizing += PER_TUNED * layer + waiting
+        how += f" + {PER_TUNED} a parameter of a layer + three times the calibration text between two layers"
+    back = PROCESS_BYTES + 8.0 * total + 16.0 * facts.vocab_size * PROBED * max(1, texts)
+    return (
+        Part("quantizing", quantizing, how),
+        Part("reading back", back, "process + 8 N: source and artifact in fp32 + 16 V a compared id"),
+    )

@@ -1,0 +1,144 @@
+"""auto-round in a process of its own, for real: what it leaves is loaded by transformers and set beside its source."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
+
+from hpc.errors import ArtifactError
+from hpc.model.build import load_model
+from hpc.shrink.library import quantize_apart
+from hpc.shrink.quantize import packed_census, quantized_bits
+from hpc.shrink.request import Request
+from hpc.shrink.sensitivity import rounded
+from tests.conftest import ROOT
+
+SHAPE: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+    "num_experts_per_tok": 1, "max_position_embeddings": 64, "pad_token_id": None, "tie_word_embeddings": False,
+}  # fmt: skip
+SHAPES = {
+    "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=32, moe_intermediate_size=64, num_experts=4, mlp_only_layers=[]),
+    "mixtral": MixtralConfig(**SHAPE, intermediate_size=64, num_local_experts=4),
+}
+EXPERT = "model.layers.1.mlp.experts"
+
+
+def model_on_disk(folder: Path, architecture: str = "qwen3_moe") -> Path:
+    """A small model with a tokenizer of single letters. No token reaches the last expert of layer 1."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(SHAPES[architecture], dtype=torch.float32)
+    with torch.no_grad():
+        gate = model.model.layers[1].mlp.gate.weight
+        gate[3] = gate[2]
+        gate[2] += 0.01 * gate[2]
+    model.save_pretrained(folder)
+    letters = {chr(33 + number): number for number in range(94)}
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters, "!"))).save_pretrained(folder)
+    return folder
+
+
+def request(folder: Path, **changes: Any) -> Request:
+    """SignRound in two steps, 4 bits with zero points."""
+    ids = folder / "ids.npy"
+    np.save(ids, np.random.default_rng(0).integers(0, 94, (8, 32)))
+    usual = Request(
+        source=str(folder / "source"), target=str(folder / "target"), scratch=str(folder / "scratch"), format="int",
+        bits=4, group_size=32, symmetric=False, seed=1, ids=str(ids), iterations=2, batch_size=4,
+    )  # fmt: skip
+    return replace(usual, **changes)
+
+
+def error(folder: Path, name: str, expert: int, bits: int, symmetric: bool = False) -> tuple[float, float]:
+    """Of an expert's gate matrix read back: from its source, and from that rounded to nearest; relative."""
+    matrices = []
+    for place in ("source", "target"):
+        experts = load_model(folder / place).get_submodule(name)
+        matrices.append(experts.gate_up_proj[expert, :64].detach())
+    source, found = matrices
+    nearest = rounded(source, bits, 32, symmetric)
+    return float((found - source).norm() / source.norm()), float((found - nearest).norm() / source.norm())
+
+
+def test_a_process_killed_with_its_parent_leaves_nothing_and_the_next_one_is_complete(tmp_path: Path) -> None:
+    model_on_disk(tmp_path / "source")
+    wanted = request(tmp_path, bits_of={f"{EXPERT}.1.{part}_proj": 6 for part in ("gate", "up", "down")})
+    (tmp_path / "request.json").write_text(json.dumps(asdict(wanted)))
+    code = (
+        "import json\nfrom pathlib import Path\nfrom hpc.shrink.library import quantize_apart\n"
+        "from hpc.shrink.request import Request\n"
+        f"quantize_apart(Request(**json.loads(Path({str(tmp_path / 'request.json')!r}).read_text())), print)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    until = time.monotonic() + 60
+    while not (children := psutil.Process(parent.pid).children()) and time.monotonic() < until:
+        time.sleep(0.05)
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    psutil.wait_procs(children, timeout=30)
+    assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+    assert (tmp_path / "scratch/request.json").exists()
+    assert not (tmp_path / "target").exists()
+
+    told: list[tuple[float, float]] = []
+    peak = quantize_apart(wanted, lambda done, total: told.append((done, total)))
+    assert 2e8 < peak < 2e9
+    assert told[0] == (0, 2)
+    assert not (tmp_path / "scratch").exists()
+    assert packed_census(tmp_path / "target")["experts"]["packed_tensors"] == 2 * 4 * 3
+    at_4, at_6 = 4 + 16 / 32 + 4 / 32, 6 + 16 / 32 + 6 / 32
+    attention, experts = 2 * (2 * 64 * 64 + 2 * 64 * 32), 8 * 3 * 64 * 64
+    shape = (attention + experts * 7 / 8) * at_4 + experts / 8 * at_6
+    assert quantized_bits(tmp_path / "target") == pytest.approx(shape / (attention + experts), rel=0.02)
+    assert 0.05 < error(tmp_path, EXPERT, 0, 4)[0] < 0.15
+    assert error(tmp_path, EXPERT, 1, 6)[0] < 0.04
+
+
+@pytest.mark.slow
+def test_signround_moves_what_it_may_and_leaves_the_named_experts_at_the_nearest_step(tmp_path: Path) -> None:
+    model_on_disk(tmp_path / "source")
+    parts = ("gate", "up", "down")
+    quantize_apart(request(tmp_path, iterations=20, nearest=[f"{EXPERT}.0.{part}_proj" for part in parts]), print)
+    assert error(tmp_path, EXPERT, 0, 4)[1] < 1e-3
+    assert error(tmp_path, EXPERT, 1, 4)[1] > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", sorted(SHAPES))
+@pytest.mark.parametrize(
+    ("changes", "limit"),
+    [
+        ({"bits": 2, "ids": None}, 0.7), ({"bits": 3, "ids": None}, 0.25), ({"bits": 5, "ids": None}, 0.06),
+        ({"bits": 6, "symmetric": True, "ids": None}, 0.05), ({"bits": 8, "symmetric": True, "ids": None}, 0.012),
+        ({"format": "fp8", "bits": 8, "ids": None}, 0.05), ({"bits": 4}, 0.15),
+        ({"bits": 4, "ids": None, "bits_of": {f"{EXPERT}.0.gate_proj": 8}}, 0.02),
+    ],
+    ids=["2", "3", "5", "6 symmetric", "8", "fp8", "signround", "mixed"],
+)  # fmt: skip
+def test_every_format_is_read_back_by_transformers(
+    tmp_path: Path, architecture: str, changes: dict[str, Any], limit: float
+) -> None:
+    model_on_disk(tmp_path / "source", architecture)
+    quantize_apart(request(tmp_path, **changes), print)
+    assert packed_census(tmp_path / "target")["experts"]["packed_tensors"] == 2 * 4 * 3
+    assert 0.001 < error(tmp_path, EXPERT, 0, 4)[0] < limit
+
+
+@pytest.mark.slow
+def test_what_the_library_says_last_is_told_when_it_fails(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source/config.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"auto-round ended with code 1 and left no model: \S"):
+        quantize_apart(request(tmp_path, ids=None), print)
