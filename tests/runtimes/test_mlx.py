@@ -72,12 +72,11 @@ def test_the_chat_template_is_the_sources(runner: Runner) -> None:
     assert runner.chat_prompt(messages) == "<user> Who?\n<assistant> "
 
 
-def test_products_of_packed_weights_and_of_unpacked_ones_agree(runner: Mlx, exported: Path) -> None:
+def test_logits_cover_every_position_and_the_weights_are_held_packed(runner: Runner, exported: Path) -> None:
     ids = ids_of(40)[0].tolist()
-    packed = Mlx(exported, unpack=False)
-    first, second = torch.from_numpy(runner.logits(ids)), torch.from_numpy(packed.logits(ids))
-    assert first.shape == (40, runner.vocab_size)
-    assert (first - second).abs().max() < 1e-3 * first.abs().max()
+    logits = torch.from_numpy(runner.logits(ids))
+    assert logits.shape == (40, runner.vocab_size)
+    assert torch.allclose(logits[:17], torch.from_numpy(runner.logits(ids[:17])), atol=1e-4)
     held = sum(path.stat().st_size for path in exported.glob("*.safetensors"))
     assert runner.memory_bytes() == pytest.approx(held, rel=0.2)
 
