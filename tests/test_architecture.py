@@ -33,6 +33,7 @@ DOORS = {
     "pyarrow": {"hpc/data/readers.py"},
     "gguf": {"hpc/reuse/gguf.py"},
     "mlx": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
+    "lm_eval": {"hpc/evaluate/harness.py"},
     "mlx_lm": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
     "huggingface_hub": {"hpc/reuse/fetch.py"},
     "litdata": {"hpc/bench/data.py"},

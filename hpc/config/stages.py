@@ -396,6 +396,13 @@ class Evaluate(Task):
     generate_tokens: PositiveInt = 60
     """Tokens to generate after each prompt, by the runtime that the artifact is for."""
 
+    tasks: list[str] = []
+    """Tasks of lm-eval that every model is asked: its names (their data comes from the Hub), or YAML files in its
+    format with data beside them (`dataset_path: json`). Wants `pip install 'greenmoe[evaluate]'`."""
+
+    task_examples: PositiveInt | None = None
+    """Examples of each task; all of them when left out."""
+
     timed_seconds: NonNegativeFloat = 3.0
     """How long each model then writes on, one answer at a time, for its tokens a second and joules a token; 0 leaves
     both out."""
