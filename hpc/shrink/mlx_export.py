@@ -16,7 +16,7 @@ from typing import Any
 from hpc.data.tokenizer import FILES
 from hpc.errors import ArtifactError, ConfigError, DataError
 from hpc.model.build import load_config
-from hpc.runtimes.mlx_runner import library
+from hpc.runtimes.mlx_runner import require
 from hpc.shrink.mlx_convert import GROUP_SIZES, Conversion
 from hpc.shrink.mlx_folder import census
 
@@ -87,7 +87,7 @@ def export(
     Raises ConfigError for a format or group size that cannot be, DataError for a model that mlx-lm cannot run as it is,
     ArtifactError when mlx-lm fails or leaves an expert unquantized.
     """
-    library()
+    require()
     kind, module_bits = MLX_TYPES.get(quantization), dict(bits_by_module or {})
     if kind is None:
         raise ConfigError(f"{quantization!r} is no MLX format: choose one of {', '.join(MLX_TYPES)}")
