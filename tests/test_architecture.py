@@ -32,7 +32,7 @@ DOORS = {
     "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
     "gguf": {"hpc/reuse/gguf.py"},
-    "mlx": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
+    "mlx": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py", "hpc/shrink/mlx_folder.py"},
     "lm_eval": {"hpc/evaluate/harness.py"},
     "mlx_lm": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
     "huggingface_hub": {"hpc/reuse/fetch.py"},

@@ -5,7 +5,7 @@ mlx.py: transformers takes whatever `mlx` it finds first on the path for the lib
 """
 
 from collections.abc import Iterator
-from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +16,11 @@ from hpc.errors import ArtifactError, ConfigError, DataError
 from hpc.runtimes.runner import Sampling
 
 
-@cache
-def library() -> tuple[Any, Any]:
-    """mlx.core and mlx_lm. Raises ConfigError, with the way to get them, where they are not installed."""
-    try:
-        import mlx.core
-        import mlx_lm
-    except ImportError as error:
-        raise ConfigError(
-            f"MLX folders need mlx and mlx-lm, which cannot be imported ({error}): pip install 'greenmoe[mlx]'"
-        ) from None
-    return mlx.core, mlx_lm
+def require() -> None:
+    """Raise ConfigError, with the way to get them, where mlx or mlx-lm is not installed. Loads neither."""
+    missing = [name for name in ("mlx", "mlx_lm") if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"MLX folders need {missing[0]}, which is not installed: pip install 'greenmoe[mlx]'")
 
 
 class Mlx:
@@ -38,20 +32,24 @@ class Mlx:
 
     def __init__(self, folder: Path) -> None:
         """Load a folder. Raises ArtifactError where mlx-lm finds a tensor missing or left over, or no model at all."""
-        self._mx, lm = library()
+        require()
+        import mlx.core as mx
+        from mlx_lm import load
+
         if not (folder / "config.json").is_file():
             raise ArtifactError(f"{folder} is not an MLX model: it has no config.json")
-        before = self._mx.get_active_memory()
+        self._mx: Any = mx
+        before = mx.get_active_memory()
         try:
-            self._model, self._tokenizer, config = lm.load(
+            self._model, self._tokenizer, config = load(
                 str(folder), tokenizer_config={"trust_remote_code": False}, return_config=True
             )
         except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
             raise ArtifactError(f"{folder}: mlx-lm cannot load it ({error})") from None
-        self._memory = int(self._mx.get_active_memory() - before)
-        if self._mx.default_device() == self._mx.cpu:
-            self._mx.disable_compile()
-            self._model.set_dtype(self._mx.float32)
+        self._memory = int(mx.get_active_memory() - before)
+        if mx.default_device() == mx.cpu:
+            mx.disable_compile()
+            self._model.set_dtype(mx.float32)
         self.vocab_size = int(config["vocab_size"])
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:

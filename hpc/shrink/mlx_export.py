@@ -16,7 +16,7 @@ from typing import Any
 from hpc.data.tokenizer import FILES
 from hpc.errors import ArtifactError, ConfigError, DataError
 from hpc.model.build import load_config
-from hpc.runtimes.mlx_runner import library
+from hpc.runtimes.mlx_runner import require
 from hpc.shrink.mlx_convert import GROUP_SIZES, Conversion
 from hpc.shrink.mlx_folder import census
 
@@ -47,19 +47,24 @@ BITS = (2, 3, 4, 5, 6, 8, 16)
 
 ASSUMED: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"rope_parameters": {"rope_type": "default"}},
+    "mistral": {},
     "qwen2": {},
     "qwen3": {"attention_bias": False},
-    "mixtral": {"rope_parameters": {"rope_type": "default"}},
+    "mixtral": {},
     "olmoe": {"clip_qkv": None},
     "qwen2_moe": {
         "norm_topk_prob": False, "qkv_bias": True, "decoder_sparse_step": 1, "mlp_only_layers": [],
-        "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default"},
+        "tie_word_embeddings": False,
     },
-    "qwen3_moe": {"attention_bias": False, "rope_parameters": {"rope_type": "default"}},
+    "qwen3_moe": {"attention_bias": False},
     "deepseek_v3": {"rope_interleave": True, "tie_word_embeddings": False},
 }  # fmt: skip
 """Architecture -> settings that mlx-lm's model does not read, with the value it computes with. Read from its source."""
+
+STRETCHED = ("linear", "llama3", "yarn")
+"""Ways to stretch positions that mlx-lm and transformers were measured to agree on."""
+UNSTRETCHED = ("mixtral", "qwen2_moe", "qwen3_moe")
+"""Architectures whose positions mlx-lm's model does not stretch."""
 
 
 def export(
@@ -72,7 +77,7 @@ def export(
     dtype: str = "bfloat16",
     bits_by_module: Mapping[str, int] | None = None,
 ) -> None:
-    """Write `source` (a transformers folder) as an MLX folder `out`, which appears complete or not at all.
+    """Write `source` (a transformers folder) as a new MLX folder `out`, which appears complete or not at all.
 
     quantization: a name of MLX_TYPES. group_size: weights that share a scale and an offset of `dtype`: 4 bits and
     groups of 64 make 4.5 bits a weight. bits_by_module: transformers' name of a module -> bits (16: not quantized) that
@@ -82,7 +87,7 @@ def export(
     Raises ConfigError for a format or group size that cannot be, DataError for a model that mlx-lm cannot run as it is,
     ArtifactError when mlx-lm fails or leaves an expert unquantized.
     """
-    library()
+    require()
     kind, module_bits = MLX_TYPES.get(quantization), dict(bits_by_module or {})
     if kind is None:
         raise ConfigError(f"{quantization!r} is no MLX format: choose one of {', '.join(MLX_TYPES)}")
@@ -122,19 +127,24 @@ def mlx_config(source: Path) -> dict[str, Any]:
     assumed: dict[str, Any] = {"hidden_act": "silu", **ASSUMED[kind]}
     if kind in ("mixtral", "qwen2_moe", "qwen2") and asked.get("head_dim"):
         assumed["head_dim"] = int(asked["hidden_size"]) // heads
+    if kind == "deepseek_v3" and asked["num_experts_per_tok"] == 1:
+        assumed["norm_topk_prob"] = False
     for key, value in assumed.items():
-        found = {"rope_type": rope.get("rope_type", "default")} if key == "rope_parameters" else asked.get(key)
+        found = asked.get(key)
         if found != value:
             raise DataError(
                 f"{source}: mlx-lm's {kind} computes with {key} = {value}, this model has {found}: take another format"
             )
+    stretch = rope.get("rope_type", "default")
+    if stretch != "default" and (kind in UNSTRETCHED or stretch not in STRETCHED):
+        raise DataError(f"{source}: rope_type = {stretch} is not exported to MLX for {kind}: take another format")
     window = asked.get("sliding_window") if asked.get("use_sliding_window", True) else None
     if window and window < asked["max_position_embeddings"]:
         raise DataError(f"{source}: attention in a window of {window} is not exported to MLX: take another format")
     if kind == "deepseek_v3" and int(asked["num_hidden_layers"]) > 61:
         raise DataError(f"{source}: mlx-lm's {kind} drops layers after the 61st: take another format")
     config = {**asked, "rope_theta": rope.get("rope_theta", 10000.0)}
-    config["rope_scaling"] = None if rope.get("rope_type", "default") == "default" else rope
+    config["rope_scaling"] = None if stretch == "default" else rope
     if "num_local_experts" in asked:
         config["num_experts"] = asked["num_local_experts"]
     if kind == "deepseek_v3":

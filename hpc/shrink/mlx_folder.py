@@ -14,7 +14,7 @@ import numpy.typing as npt
 from safetensors import safe_open
 
 from hpc.model.build import tensor_group
-from hpc.runtimes.mlx_runner import library
+from hpc.runtimes.mlx_runner import require
 from hpc.shrink.mlx_convert import transformers_name
 
 Matrix = npt.NDArray[np.float32]
@@ -59,7 +59,9 @@ BYTES = {"F32": 4, "U32": 4, "F16": 2, "BF16": 2}
 def matrices(folder: Path) -> Iterator[tuple[str, Matrix]]:
     """Every parameter in float32, dequantized by MLX, an expert's matrices by themselves, under transformers' names:
     `model.layers.0.mlp.experts.3.gate_proj.weight`. One file is in memory at a time."""
-    mx, _ = library()
+    require()
+    import mlx.core as mx
+
     quantization = _quantization(folder)
     where = {name: path for path in _files(folder) for name in _header(path)}
     loaded: dict[Path, dict[str, Any]] = {}
@@ -71,21 +73,16 @@ def matrices(folder: Path) -> Iterator[tuple[str, Matrix]]:
             loaded[path] = mx.load(str(path))
         return loaded[path][name]
 
-    def parameter(name: str, index: int | None = None) -> Matrix:
+    def parameter(name: str) -> Iterator[Matrix]:
+        """Its matrices one by one where experts are stacked, else it alone."""
         module, part = name.rsplit(".", 1)
-        parts = [read(name)]
+        tensors = [read(name)]
         if part == "weight" and f"{module}.scales" in where:
-            parts += [read(f"{module}.scales"), read(f"{module}.biases")]
-        if index is not None:
-            parts = [part[index] for part in parts]
-        if len(parts) > 1:
-            how = quantization.get(module, quantization)
-            parts = [
-                mx.dequantize(
-                    *(parts[0], *(part.astype(mx.float32) for part in parts[1:])), how["group_size"], how["bits"]
-                )
-            ]
-        return np.array(parts[0].astype(mx.float32))
+            tensors += [read(f"{module}.{other}").astype(mx.float32) for other in ("scales", "biases")]
+        how = quantization.get(module, quantization)
+        for one in zip(*tensors, strict=True) if ".switch_mlp." in name else [tensors]:
+            whole = mx.dequantize(*one, how["group_size"], how["bits"]) if len(tensors) > 1 else one[0]
+            yield np.array(whole.astype(mx.float32))
 
     for name in where:
         module, part = name.rsplit(".", 1)
@@ -93,17 +90,17 @@ def matrices(folder: Path) -> Iterator[tuple[str, Matrix]]:
             continue
         if ".switch_mlp." in name:
             layer, matrix = transformers_name(name).split(".experts.")
-            for expert in range(read(name).shape[0]):
-                yield f"{layer}.experts.{expert}.{matrix}", parameter(name, expert)
+            for expert, found in enumerate(parameter(name)):
+                yield f"{layer}.experts.{expert}.{matrix}", found
         elif module.endswith(".unembed_out"):
             continue  # comes with its embed_q
         elif module.endswith(".embed_q"):
-            keys = parameter(name).swapaxes(-1, -2)
-            values = parameter(name.replace(".embed_q.", ".unembed_out."))
+            keys = next(parameter(name)).swapaxes(-1, -2)
+            values = next(parameter(name.replace(".embed_q.", ".unembed_out.")))
             both = np.concatenate([keys, values], axis=1)
             yield name.replace(".embed_q.", ".kv_b_proj."), both.reshape(-1, both.shape[-1])
         else:
-            yield transformers_name(name), parameter(name)
+            yield transformers_name(name), next(parameter(name))
 
 
 def _quantization(folder: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hpc.shrink.mlx_convert import Conversion, convert
 from hpc.shrink.mlx_export import MLX_TYPES, export
 from hpc.shrink.mlx_folder import census, matrices
 from hpc.shrink.quantize import _matrices
-from tests.shrink.tiny import KINDS, ids_of, kl, save, tiny_model
+from tests.shrink.tiny import KINDS, THETA, ids_of, kl, save, tiny_model
 
 Export = Callable[..., Path]
 IDS = ids_of(48)
@@ -93,22 +93,24 @@ def test_the_exported_configuration_says_what_transformers_5_keeps_elsewhere(tmp
     model = tiny_model("mixtral")
     folder = exported(save(model, tmp_path / "source"), "f32")
     config = json.loads((folder / "config.json").read_text())
-    assert config["rope_theta"] == 30_000.0
+    assert config["rope_theta"] == THETA
     assert config["num_experts"] == 8
     (folder / "config.json").write_text(json.dumps({**config, "rope_theta": 1e6}))
     assert kl(model, logits(folder), IDS) > 1e-3  # what mlx-lm makes of a configuration without the key
 
 
-def test_stretched_positions_are_taken_along_or_refused(tmp_path: Path, exported: Export) -> None:
-    llama3 = {
-        "rope_type": "llama3", "rope_theta": 30_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }  # fmt: skip
-    model = tiny_model("llama", rope_parameters=llama3, rope_theta=None)
-    assert kl(model, logits(exported(save(model, tmp_path / "llama"), "f32")), IDS) < 1e-6
-    model = tiny_model("mixtral", rope_parameters=llama3, rope_theta=None)
-    with pytest.raises(DataError, match=r"rope_parameters = \{'rope_type': 'default'\}, this model has"):
-        exported(save(model, tmp_path / "mixtral"), "f32")
+@pytest.mark.parametrize(
+    ("kind", "stretch"),
+    [
+        ("llama", {"rope_type": "linear"}),
+        ("llama", {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}),
+        ("deepseek_v3", {"rope_type": "yarn", "mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1}),
+    ],
+)
+def test_stretched_positions_are_taken_along(kind: str, stretch: Any, tmp_path: Path, exported: Export) -> None:
+    stretch = {"rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 16, **stretch}
+    model = tiny_model(kind, rope_parameters=stretch, rope_theta=None)
+    assert kl(model, logits(exported(save(model, tmp_path / "source"), "f32")), IDS) < 1e-6
 
 
 def test_groups_that_were_not_chosen_stay_out_also_where_corrections_are_negative(
@@ -163,6 +165,11 @@ def test_what_mlx_would_compute_otherwise_or_cannot_hold_is_refused(tmp_path: Pa
     source = save(tiny_model("qwen2_moe", norm_topk_prob=True), tmp_path / "qwen2")
     with pytest.raises(DataError, match="norm_topk_prob = False, this model has True"):
         exported(source, "4bit")
+    for kind, rope in (("mixtral", "linear"), ("llama", "dynamic")):
+        stretch = {"rope_type": rope, "rope_theta": THETA, "factor": 4.0}
+        source = save(tiny_model(kind, rope_parameters=stretch, rope_theta=None), tmp_path / rope)
+        with pytest.raises(DataError, match=f"rope_type = {rope}"):
+            exported(source, "4bit")
     source = save(tiny_model("mixtral", sliding_window=16), tmp_path / "window")
     with pytest.raises(DataError, match="window of 16"):
         exported(source, "4bit")

@@ -36,6 +36,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32, "v_head_dim": 32, "num_mtp_layers": 0,
     },
     "llama": {"tie_word_embeddings": True, "head_dim": 64},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 64},
 }  # fmt: skip
 """What each architecture is asked for besides COMMON."""
 
