@@ -71,7 +71,8 @@ def allocate(units: Mapping[str, Unit], budget: float, group_size: int, symmetri
 def _hull(name: str, unit: Unit, group_size: int, symmetric: bool) -> list[Step]:
     """Steps along the lower convex hull of error over size, so that each saves less for a bit than the one before."""
     sizes = {bits: stored_bits(bits, group_size, symmetric) * unit.parameters for bits in unit.errors}
-    steps, at = [], min(unit.errors)
+    steps: list[Step] = []
+    at = min(unit.errors)
     while True:
         ahead = [bits for bits in unit.errors if bits > at and unit.errors[bits] < unit.errors[at]]
         if not ahead:

@@ -78,7 +78,7 @@ def _keep_nearest(names: set[str]) -> None:
 
     def init_params(self: Any, name: str, dtype: Any, shape: Any, value: float, tunable: bool) -> None:
         made(self, name, dtype, shape, value, tunable)
-        if tunable and self.orig_layer.global_name in names:
+        if tunable and self.orig_layer.global_name.replace(".block_sparse_moe.", ".mlp.") in names:
             getattr(self, name).register_hook(torch.zeros_like)
 
     if names:
