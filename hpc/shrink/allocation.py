@@ -81,3 +81,15 @@ def _hull(name: str, unit: Unit, group_size: int, symmetric: bool) -> list[Step]
         size = sizes[best] - sizes[at]
         steps.append(Step(name, best, (unit.errors[at] - unit.errors[best]) / size, size))
         at = best
+
+
+def with_experts_together(units: Mapping[str, Unit]) -> dict[str, Unit]:
+    """All routed experts as one part, `experts`: compressed-tensors has one format for them, as transformers and
+    vLLM's fused kernels read it."""
+    experts = [unit for name, unit in units.items() if ".experts." in name]
+    found = {name: unit for name, unit in units.items() if ".experts." not in name}
+    if experts:
+        errors = {bits: sum(unit.errors[bits] for unit in experts) for bits in experts[0].errors}
+        matrices = tuple(matrix for unit in experts for matrix in unit.matrices)
+        found["experts"] = Unit(sum(unit.parameters for unit in experts), errors, matrices)
+    return found
