@@ -309,12 +309,12 @@ class Quantize(Task):
 
     symmetric: bool = True
     """No zero point: the range of a group is even around 0. Without symmetry a group has a zero point of `bits` bits
-    more and loses less."""
+    more and loses less: for dense models, as transformers reads no zero points of experts."""
 
     bits_per_weight: PositiveFloat | None = Field(default=None, ge=2, le=9)
-    """A budget for the quantized matrices, scales and zero points included, in place of `bits`: each expert, and each
-    block of dense matrices, gets 2 to 8 bits by what rounding it does to calibration text (its tokens and their weights
-    count), so that the sum of errors is least. It wants `tokens` in `needs`."""
+    """A budget for the quantized matrices, scales and zero points included, in place of `bits`: each block of dense
+    matrices (attention, feed-forward), and all experts together, get 2 to 8 bits by what rounding them does to
+    calibration text, so that the sum of errors is least. It wants `tokens` in `needs`."""
 
     calibration: Calibration = Calibration()
     """The text that `auto_round` and `bits_per_weight` look at, and what every expert must see of it."""

@@ -71,7 +71,8 @@ def allocate(units: Mapping[str, Unit], budget: float, group_size: int, symmetri
 def _hull(name: str, unit: Unit, group_size: int, symmetric: bool) -> list[Step]:
     """Steps along the lower convex hull of error over size, so that each saves less for a bit than the one before."""
     sizes = {bits: stored_bits(bits, group_size, symmetric) * unit.parameters for bits in unit.errors}
-    steps, at = [], min(unit.errors)
+    steps: list[Step] = []
+    at = min(unit.errors)
     while True:
         ahead = [bits for bits in unit.errors if bits > at and unit.errors[bits] < unit.errors[at]]
         if not ahead:
@@ -80,3 +81,15 @@ def _hull(name: str, unit: Unit, group_size: int, symmetric: bool) -> list[Step]
         size = sizes[best] - sizes[at]
         steps.append(Step(name, best, (unit.errors[at] - unit.errors[best]) / size, size))
         at = best
+
+
+def with_experts_together(units: Mapping[str, Unit]) -> dict[str, Unit]:
+    """All routed experts as one part, `experts`: compressed-tensors has one format for them, as transformers and
+    vLLM's fused kernels read it."""
+    experts = [unit for name, unit in units.items() if ".experts." in name]
+    found = {name: unit for name, unit in units.items() if ".experts." not in name}
+    if experts:
+        errors = {bits: sum(unit.errors[bits] for unit in experts) for bits in experts[0].errors}
+        matrices = tuple(matrix for unit in experts for matrix in unit.matrices)
+        found["experts"] = Unit(sum(unit.parameters for unit in experts), errors, matrices)
+    return found

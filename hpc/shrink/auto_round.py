@@ -24,18 +24,21 @@ from hpc.errors import ArtifactError
 from hpc.runtimes.serve import peak_memory_bytes
 from hpc.shrink.request import Request
 
+SEED = 1
+"""Of the order in which SignRound takes windows."""
+
 
 def quantize(request: Request) -> None:
     """Write the quantized model into `request.target`. Raises ArtifactError when the library leaves no model behind."""
     from auto_round import AutoRound
 
-    torch.manual_seed(request.seed)
+    torch.manual_seed(SEED)
     _read_mixtral()
     _keep_nearest(set(request.nearest))
     scratch = Path(request.scratch)
     common: dict[str, Any] = {
         "scheme": _scheme(request), "layer_config": {name: {"bits": bits} for name, bits in request.bits_of.items()},
-        "device_map": "cpu", "seed": request.seed, "enable_torch_compile": False,
+        "device_map": "cpu", "seed": SEED, "enable_torch_compile": False,
     }  # fmt: skip
     if request.ids is None:
         rounding = AutoRound(request.source, iters=0, disable_opt_rtn=True, **common)
@@ -53,6 +56,7 @@ def quantize(request: Request) -> None:
     target = Path(request.target)
     written[0].rename(target)
     _name_as_mixtral(target)
+    _group_experts(target)
     for path in target.iterdir():
         path.chmod(0o644)
 
@@ -78,7 +82,7 @@ def _keep_nearest(names: set[str]) -> None:
 
     def init_params(self: Any, name: str, dtype: Any, shape: Any, value: float, tunable: bool) -> None:
         made(self, name, dtype, shape, value, tunable)
-        if tunable and self.orig_layer.global_name in names:
+        if tunable and self.orig_layer.global_name.replace(".block_sparse_moe.", ".mlp.") in names:
             getattr(self, name).register_hook(torch.zeros_like)
 
     if names:
@@ -117,6 +121,21 @@ def _name_as_mixtral(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         index.write_text(renamed(index.read_text()))
+
+
+def _group_experts(folder: Path) -> None:
+    """Where matrices have different bits, point out the group of the experts: transformers reads all experts of a model
+    by the one group that says `experts` in a pattern (transformers 5.23, integrations/compressed_tensors.py)."""
+    path = folder / "config.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    groups = content.get("quantization_config", {}).get("config_groups", {})
+    found = [group for group in groups.values() if any(".experts." in name for name in group["targets"])]
+    if len(found) > 1:
+        raise ArtifactError(f"experts in {len(found)} formats, and transformers reads one: the artifact is refused")
+    if found:
+        dense = [name for name in found[0]["targets"] if ".experts." not in name]
+        found[0]["targets"] = [r"re:.*\.experts\..*", *dense]
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def main() -> None:

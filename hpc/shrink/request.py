@@ -18,7 +18,6 @@ class Request:
     bits: int
     group_size: int
     symmetric: bool
-    seed: int
     ids: str | None = None
     """A .npy file of calibration ids (windows, tokens), int64; None rounds to nearest without looking at any."""
     iterations: int = 200

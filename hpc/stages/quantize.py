@@ -17,7 +17,7 @@ from hpc.reuse.stored import StoredModel
 from hpc.reuse.streamed import streamed_model
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
-from hpc.shrink.allocation import Unit, allocate
+from hpc.shrink.allocation import Unit, allocate, with_experts_together
 from hpc.shrink.calibration import Ids, windows
 from hpc.shrink.library import quantize_apart
 from hpc.shrink.passport import Passport, census, covered, passport
@@ -73,6 +73,11 @@ def run(context: Context) -> Result:
     name, source = context.inputs("model")[0]
     config = load_config(source)
     _check_groups(stage, name, config)
+    if experts_of(config) and not stage.symmetric:
+        raise ConfigError(
+            f"symmetric = false, but {name!r} has experts, and transformers reads no zero points of theirs: set "
+            "symmetric: true"
+        )
     check_vocabulary(context, name, config)
     matrices, expert_parameters = _matrices(source)
     looked = _look(context, stage, source, config) if stage.looks_at_text else Looked()
@@ -87,7 +92,7 @@ def run(context: Context) -> Result:
         np.save(ids_file, looked.ids)
     request = Request(
         source=str(source), target=str(staging), scratch=str(scratch), format=stage.format, bits=usual,
-        group_size=stage.group_size, symmetric=stage.symmetric, seed=context.task.seed,
+        group_size=stage.group_size, symmetric=stage.symmetric,
         ids=str(ids_file) if stage.method != "rtn" else None, iterations=stage.calibration.iterations,
         batch_size=stage.calibration.batch_size, bits_of=looked.bits_of(usual), nearest=looked.nearest,
     )  # fmt: skip
@@ -178,7 +183,7 @@ def _look(context: Context, stage: Quantize, source: Path, config: Any) -> Looke
     if stage.bits_per_weight is None:
         return Looked(ids, seen, layers)
     context.progress("measuring what rounding does to each part")
-    units = measure(model, ids, BITS, stage.group_size, stage.symmetric)
+    units = with_experts_together(measure(model, ids, BITS, stage.group_size, stage.symmetric))
     return Looked(ids, seen, layers, units, allocate(units, stage.bits_per_weight, stage.group_size, stage.symmetric))
 
 

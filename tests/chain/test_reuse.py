@@ -52,7 +52,7 @@ def chain(folder: Path, base: Path) -> dict[str, Any]:
             {"name": "merge", "kind": "merge", "needs": ["tuned", "lora-text", "lora-talk"],
              "weights": {"lora-text": 0.5}},
             {"name": "quantize", "kind": "quantize", "needs": ["merge", "text"], "method": "auto_round",
-             "group_size": 32, "bits_per_weight": 4.8, "symmetric": False,
+             "group_size": 32, "bits_per_weight": 4.8,
              "calibration": {"tokens": 1024, "seq_len": 64, "iterations": 2, "min_expert_tokens": 300}},
             {"name": "evaluate", "kind": "evaluate", "needs": ["dense", "tuned", "merge", "quantize", "text", "talk"],
              "gate": ["quantize.min_expert_tokens >= 1", "quantize.matrix_bits_per_weight <= 4.8"],
@@ -130,10 +130,9 @@ def test_the_merged_model_is_better_at_the_conversation_and_the_quantized_one_no
 def test_a_budget_of_bits_is_kept_and_experts_that_saw_little_text_are_named(done: Path) -> None:
     found = metrics(done, "quantize")
     census = json.loads((done / "stages/quantize/receipt.json").read_text())["census"]
-    assert 4.5 < found["matrix_bits_per_weight"] <= 4.8
-    experts = {name: unit["bits"] for name, unit in census["bits"].items() if "experts" in name}
-    assert len(experts) == 2 * 4
-    assert len(set(experts.values())) > 1
+    assert 4.0 < found["matrix_bits_per_weight"] <= 4.8
+    assert census["bits"].keys() == {"experts", *(f"model.layers.{layer}.self_attn" for layer in range(2))}
+    assert len({unit["bits"] for unit in census["bits"].values()}) > 1
     seen = census["calibration"]["assignments"]
     assert 1024 <= found["calibration_tokens"] <= 4096
     assert [sum(layer) for layer in seen] == [2 * found["calibration_tokens"]] * 2

@@ -128,7 +128,7 @@ def test_a_stage_with_an_input_it_cannot_use_is_refused(config: Path) -> None:
         ("format: fp8", "bits = 4, but format = fp8 has bits = 8: set it so"),
         (
             "format: fp8, bits: 8, method: auto_round",
-            "format = fp8 is rounded to nearest without text: set method: rtn",
+            "format = fp8 is rounded to nearest without text",
         ),
         ("bits: 8, symmetric: false", "is a format no runtime reads: set symmetric: true"),
         ("bits: 9", "bits: 9: input should be less than or equal to 8"),
