@@ -1,4 +1,6 @@
-"""Chat templates that an artifact carries, rendered by transformers: they are foreign code, and its sandbox is kept up."""
+"""Chat templates that an artifact carries, rendered by transformers: foreign code, in a sandbox that is kept up."""
+
+from typing import Any
 
 from hpc.errors import ArtifactError
 
@@ -12,7 +14,7 @@ def render_prompt(template: str, messages: list[dict[str, str]], bos: str | None
     from transformers.utils.chat_template_utils import render_jinja_template
 
     try:
-        texts, _ = render_jinja_template(
+        made: Any = render_jinja_template(
             conversations=[messages], chat_template=template, add_generation_prompt=True, bos_token=bos or "",
             eos_token=eos or "",
         )  # fmt: skip
@@ -21,4 +23,4 @@ def render_prompt(template: str, messages: list[dict[str, str]], bos: str | None
             f"the artifact's chat template refuses this conversation ({error}): change its turns, or export the model "
             "again with another chat_template.jinja"
         ) from None
-    return str(texts[0])
+    return str(made[0][0])
