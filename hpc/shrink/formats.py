@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hpc.model.build import load_config
-from hpc.shrink import mlx_export, mlx_folder
+from hpc.shrink import gguf, gguf_file, mlx_export, mlx_folder
 from hpc.shrink.matrices import Named
 
 
@@ -35,6 +35,43 @@ class LaptopFormat(Protocol):
     def census(self, path: Path) -> dict[str, Any]:
         """By group of tensors: tensors, parameters, bytes, bits_per_weight, types."""
         ...
+
+
+BITS = {
+    "f16": 16, "q8_0": 8, "q6_k": 6, "q5_k_m": 5, "q4_k_m": 4, "iq4_xs": 4, "q4_0": 4, "q3_k_m": 3, "q2_k": 2,
+}  # fmt: skip
+"""Of most weights of a GGUF type."""
+
+
+class Gguf:
+    """A file that llama.cpp reads."""
+
+    runtime = "llama.cpp"
+    accepted_conversion_kl = 1e-4
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self.bits = BITS[kind]
+
+    def convert(self, source: Path, scratch: Path) -> Path:
+        """As in LaptopFormat."""
+        plain = scratch / "plain.gguf"
+        gguf.export(source, plain, "f16", scratch / "converting")
+        return plain
+
+    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+        """As in LaptopFormat."""
+        path = folder / f"model-{self._kind}.gguf"
+        gguf.export(source, path, self._kind, folder.with_name(".quantizing"))
+        return path
+
+    def matrices(self, path: Path) -> Iterator[Named]:
+        """As in LaptopFormat."""
+        return gguf_file.matrices(path)
+
+    def census(self, path: Path) -> dict[str, Any]:
+        """As in LaptopFormat."""
+        return gguf.census(next(path.glob("*.gguf")) if path.is_dir() else path)
 
 
 class Mlx:
