@@ -60,8 +60,9 @@ def matrices(folder: Path) -> Iterator[tuple[str, Matrix]]:
     """Every parameter in float32, dequantized by MLX, an expert's matrices by themselves, under transformers' names:
     `model.layers.0.mlp.experts.3.gate_proj.weight`. One file is in memory at a time."""
     require()
-    import mlx.core as mx
+    import mlx.core
 
+    mx: Any = mlx.core
     quantization = _quantization(folder)
     where = {name: path for path in _files(folder) for name in _header(path)}
     loaded: dict[Path, dict[str, Any]] = {}

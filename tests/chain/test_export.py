@@ -3,9 +3,6 @@
 import shutil
 from pathlib import Path
 
-from click.testing import CliRunner
-
-from launch import main
 from tests.conftest import Launch
 
 
@@ -42,8 +39,8 @@ def test_milestones_outlive_the_stage_and_are_exported_as_models(
         (["text", tmp_path / "a"], 2, "is of kind prepare"),
         (["pretrian", tmp_path / "a"], 2, "no stage 'pretrian'"),
     ]:
-        refused = CliRunner().invoke(main, ["export", str(run), *map(str, arguments)])
-        assert refused.exit_code == code, refused.stderr
-        assert told in refused.stderr
-        assert refused.stderr.count("\n") == 1
+        result = launch("export", run, *arguments)
+        assert result.returncode == code, result.stderr
+        assert told in result.stderr
+        assert result.stderr.count("\n") == 1
     assert not (tmp_path / "a").exists()

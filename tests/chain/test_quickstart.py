@@ -164,12 +164,13 @@ def test_the_stage_that_reads_a_damaged_file_refuses_it_too(quickstart: Path, tm
 def test_a_changed_setting_runs_what_depends_on_it_again_and_says_why(quickstart: Path, launch: Launch) -> None:
     copy = quickstart.parent / "changed" / "quickstart"
     shutil.copytree(quickstart, copy, ignore=shutil.ignore_patterns("wandb"))
-    result = launch("run", *quickstart_command(copy.parent, "stages.evaluate.generate_tokens=4"))
+    result = launch("run", *quickstart_command(copy.parent, "stages.quantize.group_size=64"))
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("reused") == 9
-    assert "evaluate: again: generate_tokens changed from 12 to 4" in result.stdout
-    assert "report: again: its input evaluate changed" in result.stdout
-    assert (copy / "superseded/evaluate-1/receipt.json").exists()
+    assert result.stdout.count("reused") == 8
+    assert "quantize: again: group_size changed from 128 to 64" in result.stdout
+    assert "evaluate: again: its input quantize changed" in result.stdout
+    assert "report: again: its input" in result.stdout
+    assert (copy / "superseded/quantize-1/receipt.json").exists()
 
 
 def test_wandb_holds_loss_rate_speed_routing_watts_and_joules(quickstart: Path) -> None:
