@@ -27,7 +27,7 @@ DOORS = {
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/evaluate/generate.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
-        "hpc/reuse/gguf.py", "hpc/runtimes/templates.py",
+        "hpc/reuse/gguf.py", "hpc/runtimes/templates.py", "hpc/shrink/importance.py",
     },
     "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
