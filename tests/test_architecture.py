@@ -27,7 +27,7 @@ DOORS = {
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
-        "hpc/reuse/gguf.py", "hpc/runtimes/templates.py",
+        "hpc/reuse/gguf.py", "hpc/runtimes/templates.py", "hpc/shrink/importance.py",
     },
     "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
@@ -55,7 +55,7 @@ MAY_IMPORT = {
     "hpc.model": {"hpc.config", "hpc.errors"},
     "hpc.evaluate": {"hpc.data", "hpc.energy", "hpc.errors", "hpc.runtimes"},
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
-    "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
+    "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run", "hpc.runtimes"},
     "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
     "hpc.runtimes": {"hpc.data", "hpc.errors", "hpc.model"},
     "hpc.shrink": {"hpc.data.tokenizer", "hpc.errors", "hpc.model", "hpc.runtimes"},

@@ -12,9 +12,10 @@ from hpc.errors import ArtifactError
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.runtimes.remote import Remote
+from hpc.runtimes.tokens import PROBES, check_special, check_tokens
 from hpc.shrink.formats import LaptopFormat, laptop_format
 from hpc.shrink.matrices import MatrixErrors, check_matrices
-from hpc.shrink.proof import Agreement, Continued, check_agreement, check_tokenizer, compare, continue_both
+from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
 
 PROBE_LENGTH = 128
 """Ids of each sequence that source and artifact are compared on."""
@@ -48,7 +49,8 @@ def run(context: Context) -> Result:
             errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
             context.progress(f"comparing {stage.format} with {name}")
             with Remote(path, PROBE_LENGTH + NEW_TOKENS) as exported:
-                check_tokenizer(original, exported, original.decode(sequences[0]))
+                check_tokens(exported, source, [*PROBES, original.decode(sequences[0])])
+                check_special(exported, source)
                 agreement = compare(original, exported, sequences)
                 check_agreement(agreement, made.bits)
                 texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
@@ -86,7 +88,6 @@ def _probe(context: Context, stage: Export, vocab_size: int) -> tuple[list[list[
 def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: list[list[int]]) -> Agreement:
     """What the unquantized artifact computes in its runtime beside transformers. Raises ArtifactError."""
     with Remote(plain, PROBE_LENGTH) as model:
-        check_tokenizer(original, model, original.decode(sequences[0]))
         agreement = compare(original, model, sequences)
     if not agreement.kl <= made.accepted_conversion_kl:
         raise ArtifactError(
