@@ -88,8 +88,8 @@ def audit(bench: Bench) -> Claim:
             f"the learning rate: {len(RATES[RELORA])} values for each model, on the first seed, at full length",
             "what 'as well' means: a held-out perplexity at most "
             f"{COMPARABLE:.1%} above full rank's, the largest gap that the paper calls comparable",
-            "memory: what a rank had resident at its fullest, libraries and compiled kernels included; for larger models "
-            "it is hardly more than tensors",
+            "memory: what a rank had resident at its fullest, libraries and compiled kernels included; for larger "
+            "models it is hardly more than tensors",
             "text: far less than an epoch; in all models alike, half of it had been read by the warm start",
             "merging is exact to 1e-5 in logits in a test (tests/adapt/test_relora.py), not measured again here",
         ),
