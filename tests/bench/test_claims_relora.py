@@ -9,7 +9,7 @@ import torch
 from hpc.bench.claims import relora_against_full_rank
 from hpc.bench.claims.claim import Bench
 from hpc.bench.claims.curves import Point, Spent
-from hpc.bench.claims.relora_against_full_rank import COMPARABLE, FULL, RATES, RELORA, Against, against, judged
+from hpc.bench.claims.relora_against_full_rank import COMPARABLE, FULL, RATES, RELORA, Against, against, asked, judged
 from hpc.bench.claims.trained import CONFIGS, Trained
 from hpc.bench.rank_growth import update_rank
 from hpc.config import Finetune, Lora, Relora
@@ -47,6 +47,22 @@ def test_one_cycle_differs_from_relora_in_its_restarts_alone() -> None:
             "schedule": relora.train.schedule.model_copy(update={"restart_every_steps": one.train.steps}),
         }
     )
+
+
+def test_a_quick_run_has_two_cycles_whose_ends_are_kept() -> None:
+    models = (FULL, RELORA, "lora")
+    settings = asked(models, 3, dict.fromkeys(models, 2e-3), quick=True)
+    config = load_config(CONFIGS / relora_against_full_rank.QUICK_FILE, settings)
+    relora = config.stage(RELORA)
+    assert isinstance(relora, Relora)
+    assert config.seed == 3
+    assert relora.train.optimizer.lr == 2e-3
+    assert (relora.train.steps, relora.train.schedule.restart_every_steps, relora.train.keep_every_steps) == (
+        20,
+        10,
+        10,
+    )
+    assert {stage.name for stage in config.stages} == {"text", "warm-start", *models}
 
 
 def test_the_plan_has_fewer_tensors_for_adapters() -> None:

@@ -37,6 +37,8 @@ RATES = {FULL: (3e-3, 1.5e-3), RELORA: (3e-3, 6e-3), "one-cycle": (3e-3, 6e-3), 
 """Adapters learn at up to twice the rate of full rank: the rule of the reference code, Guitaricet/relora."""
 SEEDS = (1, 2)
 QUICK_STEPS, QUICK_CYCLE = 20, 10
+CYCLE_KEYS = ("schedule.restart_every_steps", "checkpoint_every_steps", "keep_every_steps")
+"""Of a relora stage whose model is looked at after each cycle."""
 LAYER, EXPERT = 1, 0
 """Where the rank of the update is read."""
 
@@ -62,8 +64,9 @@ class Against:
 def audit(bench: Bench) -> Claim:
     """Train, compare, judge. Raises the error that a run ended with."""
     models = tuple(model for model in RATES if not bench.quick or model != "one-cycle")
-    load, told = Load(), list[Measured]()
-    runs, rates = _first_seed(bench, models, load, told)
+    load = Load()
+    best, rates, restarts = _first_seed(bench, models, load)
+    runs = {SEEDS[0]: best}
     for seed in () if bench.quick else SEEDS[1:]:
         runs[seed] = _trained(_launch(bench, models, seed, rates), models)
         load.look()
@@ -95,7 +98,7 @@ def audit(bench: Bench) -> Claim:
         ),
         premises=premises(),
         arithmetic=arithmetic(),
-        measured=(*lines, *told, load.told),
+        measured=(*lines, *_states(bench, models), *restarts, load.told),
     )
 
 
@@ -146,36 +149,38 @@ def arithmetic() -> tuple[Step, ...]:
 
 
 def _first_seed(
-    bench: Bench, models: tuple[str, ...], load: Load, told: list[Measured]
-) -> tuple[dict[int, dict[str, Trained]], dict[str, float]]:
-    """The first seed's run, each model at its best rate, and the rates. Adds to `told` what its weights show."""
+    bench: Bench, models: tuple[str, ...], load: Load
+) -> tuple[dict[str, Trained], dict[str, float], list[Measured]]:
+    """Each model at its best rate, the rates, and what ReLoRA's restarts left at its own."""
     best: dict[str, Trained] = {}
     rates: dict[str, float] = {}
+    restarts: list[Measured] = []
     for tried in range(1 if bench.quick else len(RATES[FULL])):
-        asked = {model: RATES[model][tried] for model in models}
-        run = _launch(bench, models, SEEDS[0], asked)
+        now = {model: RATES[model][tried] for model in models}
+        run = _launch(bench, models, SEEDS[0], now)
         load.look()
         for model, one in _trained(run, models).items():
-            bench.tell(f"{NAME}: {model} at {asked[model]:g}: {one.loss:.4f} nats")
+            bench.tell(f"{NAME}: {model} at {now[model]:g}: {one.loss:.4f} nats")
             if model not in best or one.loss < best[model].loss:
-                best[model], rates[model] = one, asked[model]
-        if rates[RELORA] == asked[RELORA]:
-            told[:] = _restarts(run)
-    if not bench.quick:
-        told += _states(bench, models)
-    return {SEEDS[0]: best}, rates
+                best[model], rates[model] = one, now[model]
+                restarts = _restarts(run) if model == RELORA else restarts
+    return best, rates, restarts
+
+
+def asked(models: tuple[str, ...], seed: int, rates: dict[str, float], quick: bool) -> list[str]:
+    """What a run changes of the file, for `--set`."""
+    settings = [f"seed={seed}", *(f"stages.{model}.train.optimizer.lr={rates[model]}" for model in models)]
+    if quick:
+        settings += [f"stages.{model}.train.steps={QUICK_STEPS}" for model in (START, *models)]
+        settings += [f"stages.{START}.train.schedule.warmup_steps={QUICK_CYCLE}"]
+        settings += [f"stages.{RELORA}.train.{key}={QUICK_CYCLE}" for key in CYCLE_KEYS]
+    return settings
 
 
 def _launch(bench: Bench, models: tuple[str, ...], seed: int, rates: dict[str, float]) -> RunDirectory:
-    settings = [f"seed={seed}", *(f"stages.{model}.train.optimizer.lr={rates[model]}" for model in models)]
-    if bench.quick:
-        settings += [f"stages.{model}.train.steps={QUICK_STEPS}" for model in models]
-        settings += [
-            f"stages.{START}.train.steps={QUICK_STEPS}", f"stages.{START}.train.schedule.warmup_steps=5",
-            f"stages.{RELORA}.train.schedule.restart_every_steps={QUICK_CYCLE}",
-        ]  # fmt: skip
     bench.tell(f"{NAME}: training {', '.join(f'{model} at {rates[model]:g}' for model in models)}, seed {seed}")
-    return launch(bench, NAME, QUICK_FILE if bench.quick else FILE, RUN, settings)
+    file = QUICK_FILE if bench.quick else FILE
+    return launch(bench, NAME, file, RUN, asked(models, seed, rates, bench.quick))
 
 
 def _trained(run: RunDirectory, models: tuple[str, ...]) -> dict[str, Trained]:
