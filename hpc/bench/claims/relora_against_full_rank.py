@@ -10,7 +10,7 @@ Compared are the held-out loss after the last step and the peak memory of a rank
 machine does. Speed and joules do; they are told, and judged by nobody when others worked on it too. Whichever way it
 goes, it is told. Beside ReLoRA stand LoRA, and ReLoRA with a single cycle, which shows what the restarts are worth;
 that each restart adds directions to the update is read off the weights (hpc/bench/rank_growth.py). The run directories
-take half a gigabyte.
+take one and a half gigabytes.
 """
 
 import math
