@@ -65,7 +65,7 @@ def test_a_quick_run_has_two_cycles_whose_ends_are_kept() -> None:
     assert {stage.name for stage in config.stages} == {"text", "warm-start", *models}
 
 
-def test_the_plan_has_fewer_tensors_for_adapters() -> None:
+def test_the_plan_has_fewer_tensors_for_adapters_and_more_where_the_rest_is_trained_too() -> None:
     planned = plan(load_config(CONFIGS / relora_against_full_rank.FILE), load_site("local").machine)
     stages = {stage.name: stage for stage in planned.stages}
     full, relora, lora = (stages[name].memory for name in (FULL, RELORA, "lora"))
@@ -74,6 +74,9 @@ def test_the_plan_has_fewer_tensors_for_adapters() -> None:
     assert lora is not None
     sizes = [sum(part.bytes for part in memory.states) for memory in (full, relora, lora)]
     assert sizes == sorted(sizes, reverse=True)
+    rest = (stages[RELORA].trainable_params or 0) - (stages["lora"].trainable_params or 0)
+    assert rest > 1e6
+    assert sizes[1] - sizes[2] == pytest.approx(rest / 2 * 12), "an fp32 copy and two moments, on one of two ranks"
 
 
 # Rank -----------------------------------------------------------------------------------------------------------------
