@@ -72,17 +72,20 @@ def run(context: Context) -> Result:
         "commit": commit_of(source),
         "expert_matrices_compared": compared,
         "max_abs_logit_difference": distance and distance.absolute,
+        "max_relative_logit_difference": distance and distance.relative,
         "bits_per_byte": bits_per_byte,
     }
+    how = "not measured: nothing to compare, or too large to load twice"
+    if distance:
+        how = f"measured: upcycled against dense, 128 random ids, {distance.precision}"
     provenance = {
         "total_params": "measured: counted over the tensors",
         "source": "derived: from the configuration",
         "commit": "derived: of the Hub's snapshot",
         "expert_matrices_compared": "measured: read back, each with its part of the dense block",
         "bits_per_byte": "measured: on a text of " + f"{len(TEXT.encode()):,} bytes (hpc/evaluate/sanity.py), fp32",
-        "max_abs_logit_difference": f"measured: upcycled against dense, 128 random ids, {distance.precision}"
-        if distance
-        else "not measured: nothing to compare, or too large to load twice",
+        "max_abs_logit_difference": how,
+        "max_relative_logit_difference": how,
     }
     return Result(metrics, provenance, census, ("torch", "transformers", "safetensors"))
 

@@ -7,7 +7,8 @@ import pytest
 from hpc.bench.claims import moe_against_dense
 from hpc.bench.claims.claim import Bench
 from hpc.bench.claims.curves import Point, Spent, first_reach, held_out_curve
-from hpc.bench.claims.moe_against_dense import Saving, Trained, compared, judged
+from hpc.bench.claims.moe_against_dense import judged
+from hpc.bench.claims.trained import ROOT, Saving, Trained, compared
 from hpc.config import Model, Pretrain, Router
 from hpc.config.load import load_config
 from hpc.plan.plan import plan
@@ -56,7 +57,7 @@ def test_one_expert_is_a_dense_swiglu_model() -> None:
 
 
 def test_the_dense_models_match_the_mixture_in_active_and_in_all_parameters() -> None:
-    config = load_config(moe_against_dense.ROOT / "configs" / "claims-moe-wide.yaml")
+    config = load_config(ROOT / "configs" / "claims-moe-wide.yaml")
     stages = {stage.name: stage for stage in plan(config, load_site("local").machine).stages}
     moe, dense, wide = (stages[name] for name in (moe_against_dense.MOE, *moe_against_dense.RIVALS))
     routers = 4 * 256 * 8

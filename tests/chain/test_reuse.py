@@ -92,6 +92,7 @@ def metrics(run: Path, stage: str) -> dict[str, Any]:
 
 def test_the_upcycled_model_begins_where_the_dense_one_is(done: Path) -> None:
     assert metrics(done, "sparse")["max_abs_logit_difference"] < 1e-5
+    assert metrics(done, "sparse")["max_relative_logit_difference"] < 1e-5
     assert metrics(done, "sparse")["expert_matrices_compared"] == 24
     assert 3 < metrics(done, "dense")["bits_per_byte"] < 4.5  # a guess: 9 bits a token, of 2 to 3 bytes
     before = metrics(done, "tuned")["heldout_loss_before"]
