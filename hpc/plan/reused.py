@@ -74,12 +74,14 @@ def shape_of(config: dict[str, Any]) -> tuple[Model, Router, Parameters, int, in
          "num_layers": config["num_hidden_layers"], "num_attention_heads": heads,
          "num_key_value_heads": config.get("num_key_value_heads") or heads}
     )  # fmt: skip
-    router = Router(num_experts=num_experts, top_k=int(config.get("num_experts_per_tok") or 1))
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    top_k = int(config.get("num_experts_per_tok") or 1)
+    router = Router(num_experts=num_experts, top_k=top_k, num_shared_experts=shared // size)
     vocabulary = int(config["vocab_size"])
     parameters = count(shape, router, vocabulary)
     if num_experts == 1:
         parameters = replace(parameters, router=0)
-    if shared := int(config.get("shared_expert_intermediate_size") or 0):
+    if shared:
         parameters = replace(parameters, always=shape.num_layers * 3 * hidden * shared)
     if config.get("tie_word_embeddings"):
         parameters = replace(parameters, embedding=0)

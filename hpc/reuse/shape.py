@@ -14,22 +14,20 @@ SHARED = {"llama": "qwen2_moe", "mistral": "qwen2_moe", "qwen2": "qwen2_moe"}
 CLASSES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
-DENSE = {"mixtral": ("mistral", "num_local_experts"), "qwen3_moe": ("qwen3", "num_experts")}
-"""Sparse architecture -> the dense one that it is with a single expert, and its key for their number."""
+DENSE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
+"""Sparse architecture -> the dense one that it is with a single expert."""
+ONLY_SPARSE = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def dense_config(config: dict[str, Any]) -> dict[str, Any]:
-    """config.json of the dense model that a mixture of one expert is: the softmax over one score is 1. Any other config
-    as it is."""
-    name, key = DENSE.get(str(config.get("model_type")), ("", ""))
-    if not name or config.get(key) != 1:
+    """config.json of the dense model that a mixture of one expert is: the softmax over one score is 1, whatever the
+    router says. Any other config as it is."""
+    name = DENSE.get(str(config.get("model_type")))
+    if name is None or (config.get("num_local_experts") or config.get("num_experts")) != 1:
         return config
     width = config.get("moe_intermediate_size") or config["intermediate_size"]
-    kept = {key_: value for key_, value in config.items() if key_ not in ONLY_SPARSE}
+    kept = {key: value for key, value in config.items() if key not in ONLY_SPARSE}
     return kept | {"model_type": name, "intermediate_size": width}
-
-
-ONLY_SPARSE = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
 
 
 def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from hpc.errors import ArtifactError, DataError
 from hpc.evaluate.sanity import TEXT, judge
 from hpc.model.build import empty_model, load_config, load_model, tensor_group
 from hpc.model.exactness import Difference, difference, exact_logits
+from hpc.reuse.dense import DenseModel
 from hpc.reuse.fetch import cache_folder, commit_of, locate
 from hpc.reuse.gguf import convert
 from hpc.reuse.stored import StoredModel, logical_parameters, weight_files
@@ -52,7 +53,7 @@ def run(context: Context) -> Result:
     compared: int | None = None
     if stage.upcycle:
         context.progress("upcycling")
-        dense = StoredModel(folder)
+        dense = DenseModel(folder)
         upcycle(dense, stage.upcycle, staging, context.task.seed)
         compared = verify_upcycled(dense, stage.upcycle, staging)
         copy_tokenizer_files(folder, staging)

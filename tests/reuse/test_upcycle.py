@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2
 from hpc.config import Upcycle
 from hpc.errors import DataError
 from hpc.model.build import load_model
-from hpc.reuse.stored import StoredModel
+from hpc.reuse.dense import DenseModel
 from hpc.reuse.upcycle import upcycle
 
 SHAPE: dict[str, Any] = {
@@ -53,9 +53,9 @@ def test_the_sparse_model_computes_what_the_dense_one_does(kind: str, way: str, 
     out.mkdir()
     if kind == "qwen3" and wanted.shared:
         with pytest.raises(DataError, match="no sparse counterpart"):
-            upcycle(StoredModel(tmp_path / "dense"), wanted, out, seed=1)
+            upcycle(DenseModel(tmp_path / "dense"), wanted, out, seed=1)
         return
-    upcycle(StoredModel(tmp_path / "dense"), wanted, out, seed=1)
+    upcycle(DenseModel(tmp_path / "dense"), wanted, out, seed=1)
     sparse = load_model(out).eval()
     with torch.no_grad():
         difference = (sparse(input_ids=IDS).logits - dense(input_ids=IDS).logits).abs().max()
@@ -67,7 +67,7 @@ def test_noise_makes_copies_different_and_the_model_another_one(tmp_path: Path) 
     dense = dense_model("llama", tmp_path / "dense")
     out = tmp_path / "sparse"
     out.mkdir()
-    upcycle(StoredModel(tmp_path / "dense"), Upcycle(num_experts=4, noise=0.1), out, seed=1)
+    upcycle(DenseModel(tmp_path / "dense"), Upcycle(num_experts=4, noise=0.1), out, seed=1)
     layer = load_file(out / "model-00001-of-00003.safetensors")
     first, second = (layer[f"model.layers.0.block_sparse_moe.experts.{n}.w1.weight"] for n in (0, 1))
     source = dense.model.layers[0].mlp.gate_proj.weight.detach()
@@ -79,7 +79,7 @@ def test_copies_of_one_group_share_a_row_of_the_router(tmp_path: Path) -> None:
     dense_model("llama", tmp_path / "dense")
     out = tmp_path / "sparse"
     out.mkdir()
-    upcycle(StoredModel(tmp_path / "dense"), Upcycle(num_experts=8, granularity=4, top_k=4), out, seed=1)
+    upcycle(DenseModel(tmp_path / "dense"), Upcycle(num_experts=8, granularity=4, top_k=4), out, seed=1)
     rows = load_file(out / "model-00002-of-00003.safetensors")["model.layers.1.block_sparse_moe.gate.weight"]
     assert torch.equal(rows[:4], rows[:1].expand(4, -1))
     assert not torch.equal(rows[0], rows[4])
@@ -92,7 +92,7 @@ def test_copies_of_one_group_share_a_row_of_the_router(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_what_cannot_be_made_sparse_is_refused(change: dict[str, Any], words: str, tmp_path: Path) -> None:
     dense_model("llama", tmp_path / "dense")
-    source = StoredModel(tmp_path / "dense")
+    source = DenseModel(tmp_path / "dense")
     source.config |= change
     with pytest.raises(DataError, match=words):
         upcycle(source, Upcycle(num_experts=8, granularity=4, top_k=4), tmp_path, seed=1)

@@ -136,7 +136,7 @@ def lines(saving: Saving, words: str = "") -> list[Measured]:
 
 
 class Load:
-    """How busy the machine was while models trained: seconds and joules are theirs alone only where it had no others."""
+    """How busy the machine was while models trained: seconds and joules are theirs if it did nothing else."""
 
     def __init__(self) -> None:
         self.largest = 0.0
