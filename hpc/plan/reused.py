@@ -34,6 +34,16 @@ def reused_config(config: RunConfig, stage: Reuse, earlier: dict[str, Any] | Non
         return None  # the stage will say what is wrong
 
 
+def pretrained_config(model: Model, router: Router, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """config.json of what a pretrain stage makes, as far as shapes are read from it: it may be upcycled later."""
+    return {
+        "model_type": model.architecture, "hidden_size": model.hidden_size, "intermediate_size": model.expert_size,
+        "num_local_experts": router.num_experts, "num_experts_per_tok": router.top_k, "head_dim": model.head_dim,
+        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.kv_heads, "vocab_size": vocab_size, "max_position_embeddings": seq_len,
+    }  # fmt: skip
+
+
 def source_config(init: Init, run_root: str) -> tuple[dict[str, Any] | None, bool]:
     """config.json of a checkpoint, and whether it is the catalogue's, the checkpoint itself being elsewhere.
 

@@ -112,10 +112,10 @@ def change(saved: float) -> str:
     return f"{-100 * saved:+.0f}%"
 
 
-def means(savings: list[Saving]) -> str:
+def means(savings: list[Saving], quantities: Iterable[str] = UNITS) -> str:
     """Each quantity's mean over the seeds, and the seeds': energy -60% (seeds: -70%, -50%)."""
     words = []
-    for quantity in UNITS:
+    for quantity in quantities:
         known = [part for saving in savings if (part := saving.parts[quantity]) is not None]
         if known:
             spread = f" (seeds: {', '.join(change(value) for value in known)})" if len(known) > 1 else ""
