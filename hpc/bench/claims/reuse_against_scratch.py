@@ -66,7 +66,7 @@ def audit(bench: Bench) -> Claim:
             "how near the task is to what the base has read: addresses since 2000 against the Python reference",
             "how much text the task has: with enough of it, training from scratch catches up, and the base's share of "
             "the whole shrinks",
-            "the size of the base: here it reads 328 thousand tokens, less than three times what its adaptation may; "
+            "the size of the base: here it reads 246 thousand tokens, three times what its adaptation may; "
             "models of the Hub have read trillions, and no task pays that back alone",
             "one vocabulary for both sides, that of the base's text: a tokenizer of the task's own would help training "
             "from scratch",
@@ -89,11 +89,7 @@ def judged(pairs: list[Pair], quick: bool, is_shared: bool) -> tuple[Verdict, st
     """The verdict and its reason. Seconds and joules count only where the machine had nothing else to do."""
     counted = STEADY if is_shared else tuple(UNITS)
     tasks = list(dict.fromkeys(pair.task for pair in pairs))
-    told = "; ".join(
-        f"{task} ({TASKS[task]}): {means([pair.free for pair in pairs if pair.task == task], counted)}, with all of the "
-        f"base's training {means([pair.full for pair in pairs if pair.task == task], counted)}"
-        for task in tasks
-    )
+    told = "; ".join(_told(task, [pair for pair in pairs if pair.task == task], counted) for task in tasks)
     told = f"To the same held-out loss, beside training from scratch, {told}."
     if is_shared:
         told += " The machine worked for others too: seconds and joules are not judged."
@@ -110,6 +106,11 @@ def judged(pairs: list[Pair], quick: bool, is_shared: bool) -> tuple[Verdict, st
         f"the base is there already, or is adapted {max(uses):.1f} times or more: so many tasks like the hardest one "
         f"here pay back its FLOPs. {told}"
     )
+
+
+def _told(task: str, pairs: list[Pair], counted: tuple[str, ...]) -> str:
+    free, full = (means(savings, counted) for savings in ([p.free for p in pairs], [p.full for p in pairs]))
+    return f"{task} ({TASKS[task]}): {free}, with all of the base's training {full}"
 
 
 def _saves(saving: Saving, counted: tuple[str, ...]) -> bool:

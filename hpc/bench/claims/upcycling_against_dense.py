@@ -1,9 +1,9 @@
 """'Upcycling beats training the dense model on': a model pretrained here, made sparse, against itself, at equal FLOPs.
 
 Runs configs/claims-upcycle-ways.yaml as a user does (`launch.py run`), once for each of SEEDS: a dense model is
-pretrained; it is trained on as it is, and as mixtures of experts made of it in several ways, on text that none has seen,
-each for as many FLOPs. Their losses on held-out text are compared. Neither FLOPs nor losses depend on who else uses the
-machine.
+pretrained; it is trained on as it is, and as mixtures of experts made of it in several ways, on text that none has
+seen, each for as many FLOPs. Their losses on held-out text are compared. Neither FLOPs nor losses depend on who else
+uses the machine.
 """
 
 from dataclasses import dataclass
@@ -93,7 +93,8 @@ def audit(bench: Bench) -> Claim:
 
 def judged(contests: list[Contest], quick: bool) -> tuple[Verdict, str]:
     """The verdict by the first way, over all seeds, and its reason."""
-    told = "; ".join(_told(contests, way) for way in contests[0].models if way != DENSE)
+    ways = [way for way in contests[0].models if way != DENSE]
+    told = "; ".join(_told(contests, way) for way in ways)
     told = f"After equally many FLOPs, beside the dense model trained on: {told}."
     if quick:
         return "cannot be told", f"A quick run, one seed and a few steps, shows the method and proves nothing. {told}"
@@ -101,7 +102,7 @@ def judged(contests: list[Contest], quick: bool) -> tuple[Verdict, str]:
         for way, model in contest.models.items():
             if abs(model.flops / contest.models[DENSE].flops - 1) > EQUAL:
                 return "cannot be told", f"The budgets are not equal: {way} took {model.flops:.3g} FLOP. {told}"
-    winners = [way for way in WAYS if all(contest.gain(way) > 0 for contest in contests)]
+    winners = [way for way in ways if all(contest.gain(way) > 0 for contest in contests)]
     if SPARSE in winners:
         return "holds", told
     if winners:
