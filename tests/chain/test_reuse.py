@@ -101,6 +101,12 @@ def test_the_upcycled_model_begins_where_the_dense_one_is(done: Path) -> None:
     assert metrics(done, "tuned")["heldout_loss"] < before
 
 
+def test_training_further_counts_its_flops(done: Path) -> None:
+    attention, experts, router, head = 2 * 64 * (64 + 32), 3 * 64 * 128, 4 * 64, 512 * 64
+    per_token = 6 * (2 * (attention + experts + router) + head) + 12 * 2 * 64 * 64
+    assert metrics(done, "tuned")["flops"] == 8 * 512 * per_token
+
+
 def test_adapters_learn_their_task_on_experts_that_the_passport_names(done: Path) -> None:
     for task in ("text", "talk"):
         found = metrics(done, f"lora-{task}")
