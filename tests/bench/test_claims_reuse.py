@@ -8,7 +8,8 @@ from hpc.bench.claims import reuse_against_scratch, upcycling_against_dense
 from hpc.bench.claims.claim import Bench
 from hpc.bench.claims.curves import Point, Spent
 from hpc.bench.claims.reuse_against_scratch import Pair, base_amounts, pays_back_after
-from hpc.bench.claims.trained import ROOT, UNITS, Amounts, Saving, Trained, compared
+from hpc.bench.claims.savings import UNITS, Amounts, Saving, compared
+from hpc.bench.claims.trained import CONFIGS, Trained
 from hpc.bench.claims.upcycling_against_dense import Contest, Continued
 from hpc.config import Finetune, Pretrain
 from hpc.config.load import load_config
@@ -23,7 +24,7 @@ BASE: Amounts = {"energy": 900.0, "time": 90.0, "FLOPs": 9e9, "tokens": 4500.0}
 def model(*points: tuple[float, float]) -> Trained:
     """A curve of (loss, tokens): 2e6 FLOPs, 0.02 s and 0.2 J a token."""
     curve = [Point(loss, Spent(tokens, tokens / 50, tokens / 5)) for loss, tokens in points]
-    return Trained(curve, curve[-1].loss, 2e6, "estimated: a model")
+    return Trained(curve, {"flops": 2e9, "tokens": 1e3}, "estimated: a model")
 
 
 def test_a_base_counts_before_the_first_step_of_what_begins_with_it() -> None:
@@ -153,7 +154,7 @@ def test_no_verdict_about_upcycling_from_a_quick_run_or_unequal_budgets(quick: b
 
 @pytest.mark.parametrize("recipe", ["claims-upcycle-ways", "upcycle-smollm2"])
 def test_what_is_upcycled_trains_for_as_many_flops_as_the_dense_model(recipe: str) -> None:
-    config = load_config(ROOT / f"configs/{recipe}.yaml")
+    config = load_config(CONFIGS / f"{recipe}.yaml")
     tuned = [stage for stage in config.stages if isinstance(stage, Finetune)]
     flops = [found.flops.value for found in plan(config, load_site("local").machine).stages if found.kind == "finetune"]
     assert len(tuned) == len(flops) >= 2
@@ -165,7 +166,7 @@ def test_what_is_upcycled_trains_for_as_many_flops_as_the_dense_model(recipe: st
 
 
 def test_reuse_and_scratch_differ_in_where_they_begin_and_in_their_rate() -> None:
-    config = load_config(ROOT / "configs" / reuse_against_scratch.RECIPE)
+    config = load_config(CONFIGS / "claims-reuse.yaml")
     stages = {stage.name: stage for stage in config.stages}
     planned = {stage.name: stage for stage in plan(config, load_site("local").machine).stages}
     for task in reuse_against_scratch.TASKS:

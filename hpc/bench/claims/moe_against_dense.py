@@ -14,10 +14,12 @@ works for others are not the models' own: then there is no verdict. What larger 
 
 from hpc.bench.claims import moe_on_paper
 from hpc.bench.claims.claim import QUOTED, Bench, Claim, Entry, Measured, Verdict
-from hpc.bench.claims.trained import Load, Saving, Trained, compared, lines, means, run_recipe, trained
+from hpc.bench.claims.savings import Saving, compared, flops_per_token, lines, means
+from hpc.bench.claims.trained import Load, Trained, launch, trained
 
 NAME = "moe-against-dense"
 STATEMENT = "A mixture of experts needs 65 % less energy than a dense model of the same quality."
+RUN = "claims-moe"
 MOE, RIVALS = "moe", ("dense", "dense-wide")
 WHAT = {"dense": "dense, as many active parameters", "dense-wide": "dense, as many parameters in all"}
 RATES, TUNING_STEPS, SEEDS = (1.5e-3, 3e-3, 6e-3), 50, (1, 2)
@@ -39,9 +41,9 @@ def audit(bench: Bench) -> Claim:
                      "measured: all held-out tokens, after the last step")
             for model, run in runs.items()
         ]  # fmt: skip
-    told.append(load.line)
+    told.append(load.told)
     verdict, because = judged(savings, bench.quick, load.is_shared)
-    flops = max(run.flops_per_token * run.curve[-1].spent.tokens for run in runs.values())
+    flops = max(flops_per_token(run) * run.curve[-1].spent.tokens for run in runs.values())
     return Claim(
         name=NAME,
         statement=STATEMENT,
@@ -111,8 +113,8 @@ def _run(
         if steps is not None:
             settings += [f"stages.{model}.train.steps={steps}", f"stages.{model}.train.evaluate_every_steps=10"]
     bench.tell(f"{NAME}: training {', '.join(models)}, seed {seed}" + (f", {steps} steps" if steps else ""))
-    run = run_recipe(bench, NAME, file, settings)
-    return {model: trained(NAME, run, model) for model in models}
+    run = launch(bench, NAME, file, RUN, settings)
+    return {model: trained(run, model) for model in models}
 
 
 ENTRY = Entry(NAME, STATEMENT, "run here", audit)

@@ -13,14 +13,15 @@ from dataclasses import dataclass
 from math import fsum
 
 from hpc.bench.claims.claim import QUOTED, Bench, Claim, Entry, Measured, Verdict
-from hpc.bench.claims.trained import UNITS, Amounts, Load, Saving, compared, lines, means, run_recipe, trained
+from hpc.bench.claims.savings import UNITS, Amounts, Saving, compared, lines, means
+from hpc.bench.claims.trained import Load, launch, trained
 from hpc.energy.lineage import ancestry
 from hpc.run.directory import RunDirectory, StageDirectory
 from hpc.run.receipt import read_receipt
 
 NAME = "reuse-against-scratch"
 STATEMENT = "Starting from a model that exists takes less training, time and energy than starting from scratch."
-RECIPE = "claims-reuse.yaml"
+RUN = "claims-reuse"
 TASKS = {"modern": "near to the base's text", "python": "far from the base's text"}
 SEEDS = (1, 2)
 QUICK_TASK, QUICK_STEPS = "modern", {"base": 30, "adapted": 10, "scratch": 30}
@@ -47,7 +48,7 @@ def audit(bench: Bench) -> Claim:
     for seed in SEEDS[:1] if bench.quick else SEEDS:
         bench.tell(f"{NAME}: base, adapted and from scratch, seed {seed}")
         settings = [f"seed={seed}", *(_quick_settings() if bench.quick else ())]
-        run = run_recipe(bench, NAME, RECIPE, settings)
+        run = launch(bench, NAME, f"{RUN}.yaml", RUN, settings)
         load.look()
         for task in [QUICK_TASK] if bench.quick else TASKS:
             pairs.append(_pair(run, task, seed))
@@ -80,7 +81,7 @@ def audit(bench: Bench) -> Claim:
                 for line in (*lines(pair.free), *lines(pair.full, ", base included"), _uses(pair))
             ),
             *told,
-            load.line,
+            load.told,
         ),
     )
 
@@ -146,7 +147,7 @@ def pays_back_after(base: float, saving: Saving) -> float | None:
 
 def _pair(run: RunDirectory, task: str, seed: int) -> Pair:
     names = f"adapted-{task}", f"scratch-{task}"
-    adapted, scratch = (trained(NAME, run, name) for name in names)
+    adapted, scratch = (trained(run, name) for name in names)
     base = base_amounts(run, *names)
     free = compared(seed, adapted, names[1], scratch)
     flops = base["FLOPs"]
@@ -158,7 +159,7 @@ def _losses(run: RunDirectory, task: str, seed: int) -> list[Measured]:
     how = "measured: all held-out tokens of the task, "
     receipt = read_receipt(run.stage(f"adapted-{task}"))
     before = receipt.metrics["heldout_loss_before"] if receipt else None
-    after = [(name, trained(NAME, run, f"{name}-{task}").loss) for name in ("adapted", "scratch")]
+    after = [(name, trained(run, f"{name}-{task}").loss) for name in ("adapted", "scratch")]
     return [
         Measured(f"held-out loss of base on {task}, seed {seed}", before, "nats", how + "before the first step"),
         *(Measured(f"held-out loss of {name}-{task}, seed {seed}", loss, "nats", how + "after the last step")

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from statistics import mean
 
 from hpc.bench.claims.claim import Bench, Claim, Entry, Measured, Premise, Step, Verdict
-from hpc.bench.claims.trained import run_recipe
-from hpc.errors import StageError
+from hpc.bench.claims.trained import launch, trained
 from hpc.run.directory import RunDirectory
-from hpc.run.receipt import read_receipt
 
 NAME = "upcycling-against-dense"
 STATEMENT = (
@@ -22,6 +20,7 @@ STATEMENT = (
 SAID_BY = (
     "Komatsuzaki et al. 2022 (arXiv:2212.05055) and NVIDIA (arXiv:2410.07524), for models of 220 M to 15 B parameters"
 )
+RUN = "claims-upcycle"
 DENSE, SPARSE = "dense", "sparse"
 WAYS = {
     SPARSE: "8 experts of half the width, 2 a token",
@@ -141,15 +140,12 @@ def _contest(bench: Bench, ways: list[str], seed: int) -> Contest:
         settings += [f"stages.{stage}.train.steps={QUICK_STEPS}" for stage in ("base", *models)]
         settings += ["stages.base.train.schedule.warmup_steps=5"]
     file = "claims-upcycle.yaml" if bench.quick else "claims-upcycle-ways.yaml"
-    run = run_recipe(bench, NAME, file, settings)
+    run = launch(bench, NAME, file, RUN, settings)
     return Contest(seed, {model: _continued(run, model) for model in models})
 
 
 def _continued(run: RunDirectory, stage: str) -> Continued:
-    receipt = read_receipt(run.stage(stage))
-    if receipt is None:
-        raise StageError(f"{NAME}: stage {stage!r} left no receipt in {run.stage(stage).root}")
-    metrics = receipt.metrics
+    metrics = trained(run, stage).metrics
     return Continued(
         before=metrics["heldout_loss_before"],
         loss=metrics["heldout_loss"],
