@@ -119,9 +119,9 @@ def _saves(saving: Saving, counted: tuple[str, ...]) -> bool:
 
 
 def base_amounts(run: RunDirectory, adapted: str, scratch: str) -> Amounts:
-    """What only the adapted model stands on: the training of its base, over all its attempts. Raises ArtifactError.
+    """What only the adapted model stands on: its base. Joules of all attempts, seconds of the one that finished.
 
-    Text and tokenizer serve both models, and count for neither.
+    Text and tokenizer serve both models, and count for neither. Raises ArtifactError.
     """
     shared = {one.digest for one in ancestry(run.stage(scratch).root)}
     own = run.stage(adapted)
