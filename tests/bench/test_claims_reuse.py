@@ -181,6 +181,12 @@ def test_reuse_and_scratch_differ_in_where_they_begin_and_in_their_rate() -> Non
         assert planned[adapted.name].total_params == planned[scratch.name].total_params
 
 
+def test_the_quick_settings_make_a_shorter_run_of_one_task() -> None:
+    config = load_config(CONFIGS / "claims-reuse.yaml", reuse_against_scratch._quick_settings())
+    assert [stage.name for stage in config.stages][-3:] == ["base", "adapted-modern", "scratch-modern"]
+    assert max(stage.train.steps for stage in config.stages if isinstance(stage, Pretrain | Finetune)) == 20
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [reuse_against_scratch, upcycling_against_dense])
 def test_a_quick_run_trains_and_says_that_it_proves_nothing(entry: object, tmp_path: Path) -> None:

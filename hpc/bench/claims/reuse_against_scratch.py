@@ -179,7 +179,8 @@ def _uses(pair: Pair) -> Measured:
 def _quick_settings() -> list[str]:
     steps = [f"stages.{stage}.train.steps={steps}" for stage, steps in QUICK_STEPS.items()]
     tasks = [f"stages.{stage}.matrix.task=[{QUICK_TASK}]" for stage in ("adapted", "scratch")]
-    return [*steps, *tasks, "stages.base.train.evaluate_every_steps=20"]
+    warmups = [f"stages.{stage}.train.schedule.warmup_steps=5" for stage in ("base", "scratch")]
+    return [*steps, *tasks, *warmups, "stages.base.train.evaluate_every_steps=20"]
 
 
 ENTRY = Entry(NAME, STATEMENT, "run here", audit)
