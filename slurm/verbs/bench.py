@@ -155,7 +155,7 @@ def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
 def bench_claims(only: tuple[str, ...], quick: bool, folder: Path | None, as_json: bool) -> None:
     """Claims about greener AI: re-run here where that can be done, else recomputed, each with an honest verdict.
 
-    All of them take about half an hour on two cores that do nothing else; the ones on paper a second.
+    All of them take about 45 minutes on two cores that do nothing else; the ones on paper a second.
     """
     import tempfile
 

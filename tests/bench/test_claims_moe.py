@@ -7,7 +7,8 @@ import pytest
 from hpc.bench.claims import moe_against_dense
 from hpc.bench.claims.claim import Bench
 from hpc.bench.claims.curves import Point, Spent, first_reach, held_out_curve
-from hpc.bench.claims.moe_against_dense import Saving, compared, judged
+from hpc.bench.claims.moe_against_dense import judged
+from hpc.bench.claims.savings import Saving, compared
 from hpc.bench.claims.trained import CONFIGS, Trained
 from hpc.config import Model, Pretrain, Router
 from hpc.config.load import load_config

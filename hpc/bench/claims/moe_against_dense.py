@@ -12,12 +12,9 @@ works for others are not the models' own: then there is no verdict. What larger 
 (moe_on_paper.py). The run directories take half a gigabyte.
 """
 
-from dataclasses import dataclass
-from statistics import mean
-
 from hpc.bench.claims import moe_on_paper
 from hpc.bench.claims.claim import QUOTED, Bench, Claim, Entry, Measured, Verdict
-from hpc.bench.claims.curves import Spent, first_reach
+from hpc.bench.claims.savings import Saving, compared, flops_per_token, lines, means
 from hpc.bench.claims.trained import Load, Trained, launch, trained
 
 NAME = "moe-against-dense"
@@ -27,21 +24,6 @@ MOE, RIVALS = "moe", ("dense", "dense-wide")
 WHAT = {"dense": "dense, as many active parameters", "dense-wide": "dense, as many parameters in all"}
 RATES, TUNING_STEPS, SEEDS = (1.5e-3, 3e-3, 6e-3), 50, (1, 2)
 QUICK_STEPS = 40
-QUANTITIES = ("energy", "time", "FLOPs", "tokens")
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The MoE beside one dense model, in one run, at the lowest loss that both reached."""
-
-    seed: int
-    rival: str
-    loss: float
-    parts: dict[str, float | None]
-    """Quantity -> fraction saved; negative where the MoE took more; None where something is not known."""
-    spent: dict[str, tuple[float | None, float | None]]
-    """Quantity -> what the MoE took, what the dense model took."""
-    energy_how: str
 
 
 def audit(bench: Bench) -> Claim:
@@ -61,7 +43,7 @@ def audit(bench: Bench) -> Claim:
         ]  # fmt: skip
     told.append(load.told)
     verdict, because = judged(savings, bench.quick, load.is_shared)
-    flops = max(_flops_per_token(run) * run.curve[-1].spent.tokens for run in runs.values())
+    flops = max(flops_per_token(run) * run.curve[-1].spent.tokens for run in runs.values())
     return Claim(
         name=NAME,
         statement=STATEMENT,
@@ -87,19 +69,8 @@ def audit(bench: Bench) -> Claim:
         ),
         premises=moe_on_paper.premises(),
         arithmetic=moe_on_paper.arithmetic(),
-        measured=(*(line for saving in savings for line in _lines(saving)), *told),
+        measured=(*(line for saving in savings for line in lines(saving)), *told),
     )
-
-
-def compared(seed: int, moe: Trained, rival: str, dense: Trained) -> Saving:
-    """What the MoE saved against a dense model, at the lowest held-out loss that both reached."""
-    loss = max(min(point.loss for point in run.curve) for run in (moe, dense))
-    ours, theirs = first_reach(moe.curve, loss), first_reach(dense.curve, loss)
-    assert ours is not None, "both reach the loss, by its choice"
-    assert theirs is not None
-    spent = {quantity: (_amount(ours, moe, quantity), _amount(theirs, dense, quantity)) for quantity in QUANTITIES}
-    parts = {quantity: None if a is None or not b else 1 - a / b for quantity, (a, b) in spent.items()}
-    return Saving(seed, rival, loss, parts, spent, moe.energy_how)
 
 
 def judged(savings: list[Saving], quick: bool, is_shared: bool) -> tuple[Verdict, str]:
@@ -118,43 +89,7 @@ def judged(savings: list[Saving], quick: bool, is_shared: bool) -> tuple[Verdict
 
 
 def _mean(savings: list[Saving], rival: str) -> str:
-    words = []
-    for quantity in QUANTITIES:
-        values = [saving.parts[quantity] for saving in savings if saving.rival == rival]
-        known = [value for value in values if value is not None]
-        if known:
-            spread = f" (seeds: {', '.join(_change(value) for value in known)})" if len(known) > 1 else ""
-            words.append(f"{quantity} {_change(mean(known))}{spread}")
-    return f"the MoE beside {WHAT[rival]}: {', '.join(words)}"
-
-
-def _change(saved: float) -> str:
-    """-12% for a saving of 0.12, +3% where the MoE took more."""
-    return f"{-100 * saved:+.0f}%"
-
-
-def _lines(saving: Saving) -> list[Measured]:
-    """One line a quantity; a negative saving means that the MoE took more."""
-    units = {"energy": "J", "time": "s", "FLOPs": "FLOP", "tokens": "tokens"}
-    lines = []
-    for quantity, part in saving.parts.items():
-        ours, theirs = saving.spent[quantity]
-        how = saving.energy_how if quantity == "energy" else "from metrics.jsonl, interpolated"
-        both = "not known" if ours is None or theirs is None else f"{ours:.4g} against {theirs:.4g} {units[quantity]}"
-        lines.append(
-            Measured(f"{quantity} saved against {saving.rival}, seed {saving.seed}, to {saving.loss:.3f} nats",
-                     None if part is None else 100 * part, "%", f"derived: {both}; {how}")
-        )  # fmt: skip
-    return lines
-
-
-def _amount(spent: Spent, run: Trained, quantity: str) -> float | None:
-    return {
-        "energy": spent.energy_j,
-        "time": spent.seconds,
-        "FLOPs": spent.tokens * _flops_per_token(run),
-        "tokens": spent.tokens,
-    }[quantity]
+    return f"the MoE beside {WHAT[rival]}: {means([saving for saving in savings if saving.rival == rival])}"
 
 
 def _tuned(bench: Bench, models: tuple[str, ...]) -> dict[str, float]:
@@ -180,11 +115,6 @@ def _run(
     bench.tell(f"{NAME}: training {', '.join(models)}, seed {seed}" + (f", {steps} steps" if steps else ""))
     run = launch(bench, NAME, file, RUN, settings)
     return {model: trained(run, model) for model in models}
-
-
-def _flops_per_token(run: Trained) -> float:
-    flops: float = run.metrics["flops"] / run.metrics["tokens"]
-    return flops
 
 
 ENTRY = Entry(NAME, STATEMENT, "run here", audit)
