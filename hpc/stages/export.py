@@ -1,5 +1,6 @@
 """A model for laptops, proven by the runtime that will read it. artifact/: one .gguf file, or an MLX folder."""
 
+import resource
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hpc.errors import ArtifactError
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.runtimes.remote import Remote
+from hpc.runtimes.serve import peak_memory_bytes
 from hpc.runtimes.tokens import PROBES, check_special, check_tokens
 from hpc.shrink.formats import LaptopFormat, laptop_format
 from hpc.shrink.matrices import MatrixErrors, check_matrices
@@ -44,6 +46,7 @@ def run(context: Context) -> Result:
             converted = _converted(original, plain, made, sequences[:2])
             context.progress(f"writing {stage.format}")
             path = made.write(source, plain, staging)
+            peak = max(peak_memory_bytes(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
             context.check_budget()
             context.progress("comparing every matrix")
             errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
@@ -54,7 +57,8 @@ def run(context: Context) -> Result:
                 agreement = compare(original, exported, sequences)
                 check_agreement(agreement, made.bits)
                 texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
-                runtime = {
+                figures = {
+                    "export_peak_bytes": peak,
                     "load_seconds": exported.load_seconds,
                     "memory_bytes": exported.memory_bytes(),
                     "peak_memory_bytes": exported.peak_memory_bytes(),
@@ -66,7 +70,7 @@ def run(context: Context) -> Result:
         shutil.rmtree(scratch, ignore_errors=True)
     census = made.census(next(artifact.glob("*.gguf"), artifact))
     return _result(
-        stage, artifact, census, converted, errors, agreement, of_what, texts, {"runtime": made.runtime, **runtime}
+        stage, artifact, census, converted, errors, agreement, of_what, texts, {"runtime": made.runtime, **figures}
     )
 
 
@@ -135,6 +139,8 @@ def _result(
         "max_matrix_error": "measured: every matrix read back, root mean square relative to the unquantized one",
         "worst_matrix": "measured: the matrix of max_matrix_error",
         **dict.fromkeys(runtime, measured),
+        "export_peak_bytes": "measured: most resident memory of the stage's process, or one it started and ended, until "
+        "the artifact was written",
         "texts": "measured: the most likely token each time, source and artifact",
     }
     return Result(metrics, provenance, census, ("torch", "transformers", *PACKAGES[runtime["runtime"]]))
