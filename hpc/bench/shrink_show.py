@@ -10,11 +10,11 @@ from hpc.bench.shrink_targets import Judged
 WIDTH = 118
 COLUMNS = (
     ("MB", "artifact_bytes", 1e-6, ".1f", 8),
-    ("b/w", "bits_per_weight", 1, ".2f", 7),
+    ("b/w", "bits_per_weight", 1, ".2f", 6),
     ("layers", "matrix_bits_per_weight", 1, ".2f", 7),
     ("b/byte", "bits_per_byte", 1, ".4f", 8),
     ("ppl x", "perplexity_ratio", 1, ".4f", 8),
-    ("KL", "kl", 1, ".4f", 8),
+    ("KL", "kl", 1, ".4f", 7),
     ("top-1", "top1_agreement", 100, ".1f", 6),
     ("tok/s", "tokens_per_s", 1, ".0f", 6),
     ("J/tok", "j_per_token", 1, ".3g", 7),
@@ -28,7 +28,7 @@ LEGEND = (
     "KL (nats a token), top-1 (%): the reload proof, artifact beside its source",
     "tok/s, J/tok: writing one answer on this machine; joules are the node's, whoever used it",
     "s, GiB: the stage that made it, its proof included; the most memory of one process",
-    "all measured, or derived from what was; joules estimated where there is no counter; --json says it for each figure",
+    "all measured, or derived from what was; joules estimated where no counter is; --json says it for each figure",
 )
 
 
@@ -43,7 +43,7 @@ def _table(table: Shrunk) -> Iterator[str]:
     if table.why is not None:
         yield from wrap(f"not measured: {table.why}", WIDTH, initial_indent="  ", subsequent_indent="  ")
         return
-    width = max(len(row.format) for row in table.rows) + 2
+    width = max(len(row.format) for row in table.rows) + 1
     yield "format".ljust(width) + "runtime".ljust(13) + "".join(name.rjust(size) for name, *_, size in COLUMNS)
     for row in table.rows:
         yield _row(row, width)

@@ -139,8 +139,8 @@ def _result(
         "max_matrix_error": "measured: every matrix read back, root mean square relative to the unquantized one",
         "worst_matrix": "measured: the matrix of max_matrix_error",
         **dict.fromkeys(runtime, measured),
-        "export_peak_bytes": "measured: most resident memory of the stage's process, or of one that it started and that "
-        "had ended when the artifact was written",
+        "export_peak_bytes": "measured: most resident memory of the stage's process, or of one that it started and "
+        "that had ended when the artifact was written",
         "texts": "measured: the most likely token each time, source and artifact",
     }
     return Result(metrics, provenance, census, ("torch", "transformers", *PACKAGES[runtime["runtime"]]))
