@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
-from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Quantize, Relora, Stage
+from hpc.config.stages import Artifact, Export, Finetune, Lora, Pretrain, Quantize, Relora, Stage
 
 
 class Tracking(Frozen):
