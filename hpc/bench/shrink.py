@@ -18,7 +18,7 @@ from hpc.bench.shrink_rows import Row, format_words, read_rows
 from hpc.bench.shrink_targets import TARGETS, Judged, judge, mixed_against_uniform
 from hpc.config import Evaluate, Export, Quantize, RunConfig, Stage
 from hpc.config.load import load_config
-from hpc.errors import GreenMoEError, StorageError
+from hpc.errors import GreenMoEError, Stopped, StorageError
 from hpc.run.attempts import attempt_ends, count_attempts
 from hpc.run.directory import RunDirectory
 
@@ -74,11 +74,14 @@ class Shrunk:
 
 
 def measure(bench: Bench) -> tuple[list[Shrunk], Load]:
-    """All models, or a short look at the first. Raises nothing for a model or format that is refused: it is told."""
+    """All models, or a short look at the first. A model or format that is refused is told; raises Stopped and
+    StorageError."""
     load, found = Load(), []
     for model in (MOE,) if bench.quick else MODELS:
         try:
             found.append(shrink(bench, model, QUICK_FORMATS if bench.quick else None))
+        except (Stopped, StorageError):
+            raise
         except GreenMoEError as error:
             found.append(Shrunk(model.title, why=str(error)))
         load.look()

@@ -47,7 +47,7 @@ class Row:
 def format_words(stage: Stage) -> str:
     """What a stage makes, in the words of a table."""
     if isinstance(stage, Export):
-        return stage.format
+        return f"{stage.format} imatrix" if stage.importance_tokens else stage.format
     if not isinstance(stage, Quantize):
         return "as it was"
     if stage.format == "fp8":
