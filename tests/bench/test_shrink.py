@@ -1,5 +1,6 @@
 """`bench shrink`: its chains, and the table, targets and verdict that it makes of the receipts they leave."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hpc.run.directory import RunDirectory
 from hpc.run.receipt import Receipt, write_receipt
 from slurm.site import load_site
 from tests.bench.test_claims import pocket_calculator
+from tests.conftest import Launch
 
 SMOLLM2 = MODELS[1]
 LOSS = 3.0
@@ -85,7 +87,7 @@ def test_a_chain_makes_and_evaluates_every_format(model: Model) -> None:
     assert model.source in {stage.name for stage in config.stages}
     made = [stage for stage in config.stages if isinstance(stage, (Quantize, Export))]
     words = {format_words(stage).split(" g")[0] for stage in made}
-    assert {"int8 rtn", "int4 rtn", "int4 auto_round", "fp8", "gguf-q4_k_m", "gguf-iq4_xs", "mlx-mixed_4_6"} <= words
+    assert {"int8 rtn", "int4 rtn", "int4 auto_round", "fp8", "gguf-q4_k_m imatrix", "mlx-mixed_4_6"} <= words
     judged = {need for stage in config.stages if isinstance(stage, Evaluate) for need in stage.needs}
     assert {stage.name for stage in made} <= judged
     assert all(model.source in stage.needs for stage in made)
@@ -139,6 +141,23 @@ def test_a_refused_format_is_left_out_and_the_rest_goes_on(tmp_path: Path, monke
         shrink(bench, MODELS[0])
 
 
+@pytest.mark.slow
+def test_the_quick_form_measures_every_figure_of_every_format(launch: Launch, tmp_path: Path) -> None:
+    result = launch("bench", "shrink", "--quick", "--json", "--folder", tmp_path)
+    assert result.returncode == 0, result.stderr
+    (model,) = json.loads(result.stdout.splitlines()[-1])["models"]
+    source, *made = model["rows"]
+    assert [row["stage"] for row in made] == list(QUICK_FORMATS)
+    for row in made:
+        assert row["refused"] is None
+        figures = row["figures"]
+        assert all(figure["value"] > 0 for figure in figures.values()), row
+        assert figures["artifact_bytes"]["value"] < source["figures"]["artifact_bytes"]["value"]
+        assert 0.9 < figures["perplexity_ratio"]["value"] < 1.1
+    assert made[2]["runtime"] == "llama.cpp"
+    assert {judged["holds"] for judged in model["judged"]} <= {True, False}
+
+
 # The table ------------------------------------------------------------------------------------------------------------
 
 
@@ -163,7 +182,7 @@ def test_the_page_shows_missing_figures_as_such_and_names_reasons(rows: dict[str
     line = next(line for line in text.splitlines() if line.startswith("gguf-q4_k_m"))
     assert "1.0300" in line
     assert " - " in line, "nothing was written with it"
-    assert "gguf-q8_0 is refused: KL 3.2" in text
+    assert "gguf-q8_0 imatrix is refused: KL 3.2" in text
     assert "not measured: no package index" in text
     assert all(len(line) <= 120 for line in text.splitlines())
 
