@@ -43,7 +43,12 @@ MODELS = (
     Model("SmolLM2-135M upcycled to 4 experts", "bench-shrink-upcycled.yaml", "upcycled"),
 )
 QUICK_FORMATS = ("int8", "int4-rtn", "gguf-q4_k_m")
-QUICK_SETTINGS = ("stages.moe.train.steps=60", "stages.evaluate.tokens=4096")
+QUICK_SETTINGS = (
+    "stages.moe.train.steps=60",
+    "stages.gguf.importance_tokens=0",
+    "stages.evaluate.tokens=4096",
+    "stages.evaluate.timed_seconds=1",
+)
 
 
 @dataclass(frozen=True)
