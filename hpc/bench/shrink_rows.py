@@ -49,7 +49,7 @@ def format_words(stage: Stage) -> str:
     if isinstance(stage, Export):
         return f"{stage.format} imatrix" if stage.importance_tokens else stage.format
     if not isinstance(stage, Quantize):
-        return "as it was"
+        return "unquantized"
     if stage.format == "fp8":
         return "fp8"
     bits = f"mixed {stage.bits_per_weight:g}" if stage.bits_per_weight else f"int{stage.bits}"

@@ -22,7 +22,7 @@ class Target:
     """Perplexity of the artifact / its source's."""
 
 
-INT4 = Target("int4 class, at most 4.8 bits per weight: perplexity at most 2 % up", 3.5, 4.8, 1.02)
+INT4 = Target("int4 class, at most 4.8 bits per weight: perplexity at most 2 % up", 4.0, 4.8, 1.02)
 INT8 = Target("8 bits: perplexity at most 0.2 % up", 7.5, 9.0, 1.002)
 TARGETS = (INT4, INT8)
 

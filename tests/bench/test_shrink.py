@@ -223,6 +223,7 @@ def small(ratio: float) -> Row:
         (1.01, [1.01, 1.015], "holds"),
         (1.01, [1.01, 1.03], "holds if"),
         (1.05, [1.01, 1.03], "holds if"),
+        (1.01, [1.03, 1.04], "holds if"),
         (1.05, [1.04], "does not hold here"),
     ],
 )
@@ -237,7 +238,8 @@ def test_the_verdict_follows_the_figures(ours: float, theirs: list[float], verdi
 
 def test_published_figures_have_sources_and_the_arithmetic_can_be_typed_in() -> None:
     premises = quantized_size_and_loss.premises(quantized_size_and_loss.published())
-    assert len(premises) >= 8
+    assert len(premises) >= 5
     assert all("http" in premise.source for premise in premises)
+    assert not any("q3" in premise.name or "q5" in premise.name for premise in premises)
     for step in quantized_size_and_loss.arithmetic([small(1.0123)]):
         assert pocket_calculator(step.line) == pytest.approx(step.value, rel=1e-3)

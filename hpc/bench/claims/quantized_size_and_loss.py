@@ -109,6 +109,9 @@ def judged(rows: Sequence[Row], costs: Sequence[Cost], quick: bool) -> tuple[Ver
     ours_keep = (ours[0].value("perplexity_ratio") or 0.0) <= limit
     if ours_keep and len(keep) == len(costs):
         return "holds", told
+    if ours_keep and not keep:
+        condition = f"more than {limit - 1:.0%} counts as little, or the model has as little to lose as ours"
+        return "holds if", f"{condition}: {told}"
     if ours_keep or keep:
         return "holds if", f"the format is chosen by the loss that was measured for that very model: {told}"
     return "does not hold here", told
