@@ -1,4 +1,4 @@
-"""Bytes that a quantize stage holds at its fullest: its own process and the one that a library quantizes in.
+"""What a quantize stage takes: bytes at its fullest, of its own process and the one that a library quantizes in; FLOPs.
 
 Two moments count, the larger one is planned for: while the library quantizes, layer by layer, and while the artifact is
 read back beside its source (hpc/shrink/auto_round.py, hpc/stages/quantize.py). Constants are measured where they stand.
@@ -41,3 +41,14 @@ def quantize_memory(facts: Facts, stage: Quantize, texts: int) -> tuple[Part, Pa
         Part("quantizing", quantizing, how),
         Part("reading back", back, "process + 8 N: source and artifact in fp32 + 16 V a compared id"),
     )
+
+
+def signround_flops(facts: Facts, stage: Quantize) -> float:
+    """Of learning to round: each step takes a few windows through one layer, forward and backward, and the calibration
+    text goes through each layer three times: in full, rounded, and to cache inputs. 0 for round-to-nearest."""
+    if stage.method == "rtn":
+        return 0.0
+    wanted = stage.calibration
+    active = facts.parameters.active_matrices - facts.parameters.head
+    steps = wanted.iterations * wanted.batch_size * wanted.seq_len
+    return active * (6.0 * steps + 3 * 2.0 * wanted.tokens)
