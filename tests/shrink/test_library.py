@@ -14,8 +14,6 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from tokenizers import Tokenizer, models
-from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from hpc.errors import ArtifactError
 from hpc.model.build import load_model
@@ -24,30 +22,9 @@ from hpc.shrink.quantize import packed_census, quantized_bits
 from hpc.shrink.request import Request
 from hpc.shrink.sensitivity import rounded
 from tests.conftest import ROOT
+from tests.shrink.small import SHAPES, model_on_disk
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-    "num_experts_per_tok": 1, "max_position_embeddings": 64, "pad_token_id": None, "tie_word_embeddings": False,
-}  # fmt: skip
-SHAPES = {
-    "qwen3_moe": Qwen3MoeConfig(**SHAPE, head_dim=32, moe_intermediate_size=64, num_experts=4, mlp_only_layers=[]),
-    "mixtral": MixtralConfig(**SHAPE, intermediate_size=64, num_local_experts=4),
-}
 EXPERT = "model.layers.1.mlp.experts"
-
-
-def model_on_disk(folder: Path, architecture: str = "qwen3_moe") -> Path:
-    """A small model with a tokenizer of single letters. No token reaches the last expert of layer 1."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(SHAPES[architecture], dtype=torch.float32)
-    with torch.no_grad():
-        gate = model.model.layers[1].mlp.gate.weight
-        gate[3] = gate[2]
-        gate[2] += 0.01 * gate[2]
-    model.save_pretrained(folder)
-    letters = {chr(33 + number): number for number in range(94)}
-    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(letters, "!"))).save_pretrained(folder)
-    return folder
 
 
 def request(folder: Path, **changes: Any) -> Request:
