@@ -12,6 +12,7 @@ from hpc.errors import EXIT_CODES, GreenMoEError, StageError
 from slurm.verbs.bench import bench
 from slurm.verbs.chat import chat
 from slurm.verbs.devcluster import devcluster
+from slurm.verbs.fit import fit
 from slurm.verbs.plan import plan
 from slurm.verbs.rehearse import rehearse
 from slurm.verbs.report import card, report
@@ -298,6 +299,7 @@ def dashboard(run: Path, as_json: bool) -> None:
 
 main.add_command(plan)
 main.add_command(rehearse)
+main.add_command(fit)
 
 
 @main.command()

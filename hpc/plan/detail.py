@@ -8,8 +8,8 @@ from hpc.plan.flops import attention_flops_per_token, forward_flops_per_token
 from hpc.plan.imbalance import Imbalance
 from hpc.plan.memory import Memory, training_memory
 from hpc.plan.plan import Plan, StagePlan
-from hpc.plan.quantity import GIB
-from hpc.plan.show import amount, duration
+from hpc.plan.quantity import GIB, amount
+from hpc.plan.show import duration
 from hpc.plan.work import flops_per_token
 
 MIB = 2**20

@@ -8,7 +8,7 @@ from typing import Any
 from hpc.config import Machine, Model, Prepare, Pretrain, Reuse, Router, RunConfig, Stage, TrainingBase
 from hpc.config.stages import Tokenizer
 from hpc.plan.params import Parameters, count
-from hpc.plan.reused import reused_config, shape_of
+from hpc.plan.reused import pretrained_config, reused_config, shape_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,10 @@ def all_facts(config: RunConfig) -> dict[str, Facts | None]:
             shape = shape_of(found) if found is not None else None
             facts[stage.name] = Facts(*shape) if shape else None
         else:
-            facts[stage.name] = _facts(config, stage, facts)
+            facts[stage.name] = known = _facts(config, stage, facts)
+            if isinstance(stage, Pretrain) and known:
+                made = known.model, known.router, known.vocab_size, known.seq_len
+                reused[stage.name] = pretrained_config(*made)
     return facts
 
 

@@ -15,6 +15,7 @@ bytes of an item (2 or 4).
 from dataclasses import dataclass
 
 from hpc.config import AdapterTraining, TrainingBase
+from hpc.config.train import ReloraTraining
 from hpc.plan.activations import FP32, Activations, activations
 from hpc.plan.facts import Facts
 from hpc.plan.imbalance import Imbalance, imbalance
@@ -129,9 +130,10 @@ def _sizes(parameters: Parameters, facts: Facts, settings: TrainingBase, item: i
     here = parameters.dense + experts
     gathered = (parameters.dense if ranks > 1 else 0) + (experts if ranks > group else 0)
     if isinstance(settings, AdapterTraining):
-        trained = count_adapter(facts.model, facts.router, settings)
+        adapters = count_adapter(facts.model, facts.router, settings)
+        trained = adapters + (parameters.without_adapter if isinstance(settings, ReloraTraining) else 0)
         packed = 0.0 if settings.base_bits is None else parameters.attention + parameters.always + experts
-        return _Sizes(here + trained, trained / ranks, float(trained), trained, gathered, 0.0, item, packed)
+        return _Sizes(here + adapters, trained / ranks, float(trained), trained, gathered, 0.0, item, packed)
     muon = settings.optimizer.kind == "muon"
     matrices = parameters.attention + parameters.experts + parameters.always if muon else 0
     return _Sizes(here, parameters.total / ranks, here, parameters.total, gathered, matrices / parameters.total, item)

@@ -40,6 +40,11 @@ class Parameters:
         return self.total - self.experts
 
     @property
+    def without_adapter(self) -> int:
+        """Parameters that no adapter stands beside, which ReLoRA trains as they are."""
+        return self.embedding + self.head + self.router + self.norms
+
+    @property
     def active_matrices(self) -> int:
         """Parameters of matrix products per token: head, attention, router, active experts; no embedding, no norms."""
         return self.head + self.attention + self.router + self.active_experts + self.always

@@ -213,7 +213,7 @@ def _trainable(stage: Stage, facts: Facts | None) -> int | None:
         return parameters.total
     adapters = count_adapter(facts.model, facts.router, stage.train)
     if isinstance(stage, Relora):  # what has no adapter is trained as well
-        adapters += parameters.embedding + parameters.head + parameters.router + parameters.norms
+        adapters += parameters.without_adapter
     return adapters
 
 

@@ -34,6 +34,16 @@ def reused_config(config: RunConfig, stage: Reuse, earlier: dict[str, Any] | Non
         return None  # the stage will say what is wrong
 
 
+def pretrained_config(model: Model, router: Router, vocab_size: int, seq_len: int) -> dict[str, Any]:
+    """config.json of what a pretrain stage makes, as far as shapes are read from it: it may be upcycled later."""
+    return {
+        "model_type": model.architecture, "hidden_size": model.hidden_size, "intermediate_size": model.expert_size,
+        "num_local_experts": router.num_experts, "num_experts_per_tok": router.top_k, "head_dim": model.head_dim,
+        "num_hidden_layers": model.num_layers, "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.kv_heads, "vocab_size": vocab_size, "max_position_embeddings": seq_len,
+    }  # fmt: skip
+
+
 def source_config(init: Init, run_root: str) -> tuple[dict[str, Any] | None, bool]:
     """config.json of a checkpoint, and whether it is the catalogue's, the checkpoint itself being elsewhere.
 
@@ -74,12 +84,14 @@ def shape_of(config: dict[str, Any]) -> tuple[Model, Router, Parameters, int, in
          "num_layers": config["num_hidden_layers"], "num_attention_heads": heads,
          "num_key_value_heads": config.get("num_key_value_heads") or heads}
     )  # fmt: skip
-    router = Router(num_experts=num_experts, top_k=int(config.get("num_experts_per_tok") or 1))
+    shared = int(config.get("shared_expert_intermediate_size") or 0)
+    top_k = int(config.get("num_experts_per_tok") or 1)
+    router = Router(num_experts=num_experts, top_k=top_k, num_shared_experts=shared // size)
     vocabulary = int(config["vocab_size"])
     parameters = count(shape, router, vocabulary)
     if num_experts == 1:
         parameters = replace(parameters, router=0)
-    if shared := int(config.get("shared_expert_intermediate_size") or 0):
+    if shared:
         parameters = replace(parameters, always=shape.num_layers * 3 * hidden * shared)
     if config.get("tie_word_embeddings"):
         parameters = replace(parameters, embedding=0)

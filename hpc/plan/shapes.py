@@ -8,8 +8,10 @@ Shape letters: H hidden, V vocabulary, E experts, K experts per token, I interme
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from hpc.config import Model, Router
+if TYPE_CHECKING:
+    from hpc.config import Model, Router
 
 
 @dataclass(frozen=True)
@@ -154,7 +156,7 @@ def _size(products: list[tuple[int, int]]) -> int:
     return sum(inputs * outputs for inputs, outputs in products)
 
 
-def of_ours(model: Model, router: Router, vocab_size: int) -> Shape:
+def of_ours(model: "Model", router: "Router", vocab_size: int) -> Shape:
     """The shape of a model that is configured and built here."""
     moe_layers = model.num_layers - model.num_dense_layers
     latent = model.latent if model.architecture == "deepseek_v3" else None

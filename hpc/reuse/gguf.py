@@ -5,6 +5,7 @@ architectures are taken, and every tensor is compared with that of its name in t
 and keys are reordered on the way: of those, sums that do not depend on the order).
 """
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from hpc.errors import ArtifactError, DataError
+from hpc.runtimes.remote import Remote
+from hpc.runtimes.tokens import PROBES, check_tokens
 
 DENSE = ("llama", "qwen2", "qwen3", "mistral")
 TOLERANCE = 1e-5
@@ -35,6 +38,29 @@ def convert(path: Path, folder: Path) -> None:
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _cut_words_as(reader, folder / "tokenizer.json")
+    with Remote(path, context_length=16) as original:
+        check_tokens(original, folder, PROBES)
+
+
+DIGITS_ALONE = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+PRE_TOKENIZERS = {"smollm": DIGITS_ALONE}
+"""llama.cpp's name of a rule that cuts a text into words before BPE -> the rule, where transformers forgets it."""
+
+
+def _cut_words_as(reader: Any, tokenizer: Path) -> None:
+    """Give a tokenizer the pre-tokenizer that its .gguf file names."""
+    field = reader.fields.get("tokenizer.ggml.pre")
+    rule = PRE_TOKENIZERS.get(str(field.contents())) if field is not None else None
+    if rule is not None:
+        content = json.loads(tokenizer.read_text(encoding="utf-8"))
+        tokenizer.write_text(json.dumps({**content, "pre_tokenizer": rule}, ensure_ascii=False), encoding="utf-8")
 
 
 def _reader(path: Path) -> Any:

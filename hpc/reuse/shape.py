@@ -14,8 +14,25 @@ SHARED = {"llama": "qwen2_moe", "mistral": "qwen2_moe", "qwen2": "qwen2_moe"}
 CLASSES = {"mixtral": "MixtralForCausalLM", "qwen2_moe": "Qwen2MoeForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
 
 
+DENSE = {"mixtral": "mistral", "qwen3_moe": "qwen3"}
+"""Sparse architecture -> the dense one that it is with a single expert."""
+ONLY_SPARSE = ("num_local_experts", "num_experts", "num_experts_per_tok", "moe_intermediate_size")
+
+
+def dense_config(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json of the dense model that a mixture of one expert is: the softmax over one score is 1, whatever the
+    router says. Any other config as it is."""
+    name = DENSE.get(str(config.get("model_type")))
+    if name is None or (config.get("num_local_experts") or config.get("num_experts")) != 1:
+        return config
+    width = config.get("moe_intermediate_size") or config["intermediate_size"]
+    kept = {key: value for key, value in config.items() if key not in ONLY_SPARSE}
+    return kept | {"model_type": name, "intermediate_size": width}
+
+
 def sparse_config(config: dict[str, Any], wanted: Upcycle) -> dict[str, Any]:
     """config.json of the sparse model. Raises DataError for an architecture that has no sparse sister."""
+    config = dense_config(config)
     kind, table = str(config.get("model_type")), SHARED if wanted.shared else SPARSE
     target = table.get(kind)
     if "moe" in kind or any(config.get(key) for key in ("num_local_experts", "num_experts", "n_routed_experts")):

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from hpc.config.reuse import Upcycle
 from hpc.errors import ArtifactError
+from hpc.reuse.dense import DENSE_OF, DenseModel
 from hpc.reuse.shape import sparse_config
 from hpc.reuse.stored import EXPERTS, StoredModel
 from hpc.run.directory import write_json
@@ -37,7 +38,7 @@ class Expert:
     down: Tensor
 
 
-def upcycle(source: StoredModel, wanted: Upcycle, folder: Path, seed: int) -> None:
+def upcycle(source: DenseModel, wanted: Upcycle, folder: Path, seed: int) -> None:
     """Write the sparse model of a dense checkpoint: config.json, one safetensors file per layer, the index."""
     config = sparse_config(source.config, wanted)
     layers = int(config["num_hidden_layers"])
@@ -105,7 +106,7 @@ SLACK = 1.5
 standard deviation away."""
 
 
-def verify(source: StoredModel, wanted: Upcycle, folder: Path) -> int:
+def verify(source: DenseModel, wanted: Upcycle, folder: Path) -> int:
     """Read the sparse model back and compare every expert with its part of the dense block; returns how many matrices.
 
     Logits do not see an expert that the probe's tokens avoid, noise hides it, and large models are not loaded twice:
@@ -124,9 +125,6 @@ def verify(source: StoredModel, wanted: Upcycle, folder: Path) -> int:
             )
             count += 1
     return count
-
-
-DENSE_OF = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
 
 
 def _part(dense: Tensor, role: str, expert: int, wanted: Upcycle) -> Tensor:

@@ -56,8 +56,7 @@ class Remote:
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_python_path()])},
         )  # fmt: skip
         try:
-            cores = threads or int(os.environ.get("OMP_NUM_THREADS") or 0) or 1
-            self._send(Opening(self.runtime, self.path.absolute(), context_length, cores))
+            self._send(Opening(self.runtime, self.path.absolute(), context_length, threads or own_cores()))
             opened = self._receive()
         except BaseException:
             self.close()
@@ -148,6 +147,11 @@ class Remote:
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         last = f": {lines[-1].strip()}" if lines else ""
         raise ArtifactError(f"{self.runtime} {how} while it read {self.path}{last}")
+
+
+def own_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _python_path() -> list[str]:

@@ -24,7 +24,7 @@ def open_here(opening: Opening) -> Runner:
 
         return LlamaCpp(opening.path, opening.context_length, opening.threads)
     if opening.runtime == "mlx":
-        from hpc.runtimes.mlx_lm import Mlx
+        from hpc.runtimes.mlx_runner import Mlx
 
         return Mlx(opening.path)
     from hpc.runtimes.hugging_face import Transformers

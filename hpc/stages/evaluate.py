@@ -12,6 +12,7 @@ from hpc.config import Evaluate
 from hpc.data.store import TokenStore
 from hpc.errors import ArtifactError
 from hpc.evaluate.generate import continue_text
+from hpc.evaluate.harness import ask
 from hpc.evaluate.loss import by_document, held_out_loss
 from hpc.evaluate.speed import Writing, joules_per_token, write_for_a_while
 from hpc.run.directory import write_json
@@ -35,6 +36,7 @@ def run(context: Context) -> Result:
     samples: dict[str, list[dict[str, str]]] = {}
     runtimes: dict[str, dict[str, Any]] = {}
     writings: dict[str, Writing] = {}
+    answers: dict[str, dict[str, dict[str, float]]] = {}
     for name, folder in context.inputs("model", "quantized", "exported"):
         context.check_budget()
         context.progress(f"loading {name}")
@@ -45,6 +47,10 @@ def run(context: Context) -> Result:
                 set_name: _measure(context, stage, (name, model), (set_name, tokens), longest)
                 for set_name, tokens in context.inputs("tokens")
             }
+            if stage.tasks:
+                context.progress(f"{name}: {', '.join(Path(task).stem for task in stage.tasks)}")
+                end = token_facts(context.inputs("tokens")[0][1])["end_of_text_id"]
+                answers[name] = ask(model, stage.tasks, longest, end, stage.task_examples)
             context.progress(f"{name}: writing text")
             samples[name] = [
                 {"prompt": prompt, "text": continue_text(model, prompt, stage.generate_tokens, context.task.seed)}
@@ -59,19 +65,20 @@ def run(context: Context) -> Result:
     for name, writing in writings.items():  # its last second is sampled by now
         runtimes[name]["j_per_token"] = joules_per_token(context.directory.root, context.attempt, writing)
     context.directory.artifact.mkdir(parents=True)
-    metrics = {"models": table, "samples": samples, "runtimes": runtimes}
+    metrics = {"models": table, "tasks": answers, "samples": samples, "runtimes": runtimes}
     write_json(context.directory.artifact / "results.json", metrics)
     return Result(
         metrics,
         {
             "models": "measured: held-out tokens of each set in windows of the context length, no document sees "
             "another, by the artifact's runtime (transformers: fp32 on a CPU); perplexity, bits_per_byte derived",
+            "tasks": "measured: lm-eval, every model by its own runtime",
             "samples": "measured: sampled with temperature 0.8, top-k 40, one seed, by the artifact's runtime",
             "runtimes": f"measured: {stage.timed_seconds:g} s of writing one answer at a time; j_per_token: the node's "
             "joules in that time by its samplers, per new token; memory_bytes: weights, as the runtime counts them",
         },
         {},
-        ("torch", "transformers"),
+        ("torch", "transformers", *(["lm-eval"] if stage.tasks else [])),
     )
 
 

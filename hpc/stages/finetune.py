@@ -2,6 +2,8 @@
 
 from hpc.config import Finetune
 from hpc.model.build import empty_model, load_config
+from hpc.plan.flops import training_flops_per_token
+from hpc.plan.reused import shape_of
 from hpc.reuse.stored import StoredModel
 from hpc.run.task import Context, Result
 from hpc.stages.common import check_fit, experts_per_token, mixture
@@ -21,6 +23,8 @@ def run(context: Context) -> Result:
     train_tokens, held_out_tokens = mixture(context, settings)
     model = empty_model(config)
     total = model.num_parameters()
+    shape = shape_of(config.to_dict())
+    flops_per_token = shape and training_flops_per_token(shape[0], shape[1], shape[3], settings.batches.seq_len)
     job = Job(
         model=model,
         settings=settings,
@@ -30,9 +34,19 @@ def run(context: Context) -> Result:
         train_tokens=train_tokens,
         held_out_tokens=held_out_tokens,
         weights=StoredModel(folder),
+        flops_per_token=flops_per_token,
         measure_before=True,
     )
     trained = train(context, job)
     census = write_trained(context, trained, config, folder)
-    shape = {"total_params": (total, "measured: counted over the model")}
-    return training_result(job, trained, census, shape, ("torch", "deepspeed", "transformers"))
+    num_tokens = settings.steps * settings.batches.tokens_per_step
+    figures = {
+        "total_params": (total, "measured: counted over the model"),
+        "flops": (
+            flops_per_token and num_tokens * flops_per_token,
+            "derived: model FLOPs of forward and backward, formula in hpc/plan/flops.py"
+            if flops_per_token
+            else "unknown: hpc/plan has no formula for this architecture",
+        ),
+    }
+    return training_result(job, trained, census, figures, ("torch", "deepspeed", "transformers"))

@@ -15,6 +15,7 @@ from hpc.errors import ArtifactError, DataError
 from hpc.evaluate.sanity import TEXT, judge
 from hpc.model.build import empty_model, load_config, load_model, tensor_group
 from hpc.model.exactness import Difference, difference, exact_logits
+from hpc.reuse.dense import DenseModel
 from hpc.reuse.fetch import cache_folder, commit_of, locate
 from hpc.reuse.gguf import convert
 from hpc.reuse.stored import StoredModel, logical_parameters, weight_files
@@ -52,7 +53,7 @@ def run(context: Context) -> Result:
     compared: int | None = None
     if stage.upcycle:
         context.progress("upcycling")
-        dense = StoredModel(folder)
+        dense = DenseModel(folder)
         upcycle(dense, stage.upcycle, staging, context.task.seed)
         compared = verify_upcycled(dense, stage.upcycle, staging)
         copy_tokenizer_files(folder, staging)
@@ -72,17 +73,20 @@ def run(context: Context) -> Result:
         "commit": commit_of(source),
         "expert_matrices_compared": compared,
         "max_abs_logit_difference": distance and distance.absolute,
+        "max_relative_logit_difference": distance and distance.relative,
         "bits_per_byte": bits_per_byte,
     }
+    how = "not measured: nothing to compare, or too large to load twice"
+    if distance:
+        how = f"measured: upcycled against dense, 128 random ids, {distance.precision}"
     provenance = {
         "total_params": "measured: counted over the tensors",
         "source": "derived: from the configuration",
         "commit": "derived: of the Hub's snapshot",
         "expert_matrices_compared": "measured: read back, each with its part of the dense block",
         "bits_per_byte": "measured: on a text of " + f"{len(TEXT.encode()):,} bytes (hpc/evaluate/sanity.py), fp32",
-        "max_abs_logit_difference": f"measured: upcycled against dense, 128 random ids, {distance.precision}"
-        if distance
-        else "not measured: nothing to compare, or too large to load twice",
+        "max_abs_logit_difference": how,
+        "max_relative_logit_difference": how,
     }
     return Result(metrics, provenance, census, ("torch", "transformers", "safetensors"))
 

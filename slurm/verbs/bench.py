@@ -25,7 +25,7 @@ def bench() -> None:
 @bench.command()
 @click.option("--repeats", default=7, show_default=True, help="Runs of each command; medians are shown.")
 def startup(repeats: int) -> None:
-    """CPU time of --help and plan, against their limits of 0.5 s and 1 s."""
+    """CPU time of --help, plan and fit, against their limits of 0.5 s and 1 s."""
     from slurm.bench import startup as measure
 
     click.echo(measure(repeats))
@@ -155,7 +155,7 @@ def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
 def bench_claims(only: tuple[str, ...], quick: bool, folder: Path | None, as_json: bool) -> None:
     """Claims about greener AI: re-run here where that can be done, else recomputed, each with an honest verdict.
 
-    All of them take about 20 minutes on two cores; the ones on paper a second.
+    All of them take about 45 minutes on two cores that do nothing else; the ones on paper a second.
     """
     import tempfile
 

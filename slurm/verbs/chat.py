@@ -24,9 +24,7 @@ if TYPE_CHECKING:
 )
 @click.option("--seed", default=0, show_default=True, help="The same seed gives the same answers.")
 @click.option("--context", default=2048, show_default=True, type=click.IntRange(16), help="Tokens to keep in mind.")
-@click.option(
-    "--threads", default=None, type=click.IntRange(1), help="Cores for llama.cpp; OMP_NUM_THREADS by default."
-)
+@click.option("--threads", default=None, type=click.IntRange(1), help="Cores for llama.cpp; all by default.")
 def chat(
     artifact: Path, prompt: str | None, system: str | None, max_tokens: int, temperature: float, seed: int,
     context: int, threads: int | None,

@@ -48,7 +48,8 @@ def devcluster_up(
     click.echo(
         f"{nodes} nodes are up after {cluster.seconds['total']:.1f} s ({chosen}), files in {cluster.layout.path}"
     )
-    click.echo('next: eval "$(python launch.py devcluster env)"')
+    named = f" --box {box}" if box else ""
+    click.echo(f'next: eval "$(python launch.py devcluster env{named})"')
 
 
 def _watts(text: str) -> tuple[float, ...]:

@@ -50,7 +50,10 @@ def rehearse(
         return
     from hpc.rehearse import standin
     from hpc.run.directory import RunDirectory
+    from slurm import commands
 
+    if place.slurm is not None and not out:
+        commands.queue()  # without a cluster it ends here, before models are made
     RunDirectory.create(Path(found.config.run_root), found.config.name)
     for wanted in found.stand_ins:
         click.echo(f"{wanted.folder}: {'made' if standin.make(wanted) else 'there'}, instead of {wanted.instead_of}")

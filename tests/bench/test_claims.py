@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from hpc.bench import claims
-from hpc.bench.claims import moe_on_paper, registry, retrain_47b, scratch_in_an_hour, ten_kw_needs_thirty
+from hpc.bench.claims import (
+    moe_on_paper,
+    registry,
+    relora_against_full_rank,
+    retrain_47b,
+    run_47b_on_m2,
+    scratch_in_an_hour,
+    ten_kw_needs_thirty,
+)
 from hpc.bench.claims.claim import Bench, Claim, Step
 from hpc.bench.claims.page import page
 from hpc.bench.claims.scaling_laws import chinchilla, joint_law
@@ -20,7 +28,9 @@ from hpc.plan.plan import plan
 from slurm.site import load_site
 from tests.conftest import Launch
 
-ON_PAPER = (retrain_47b, scratch_in_an_hour, ten_kw_needs_thirty)
+ON_PAPER = (retrain_47b, run_47b_on_m2, scratch_in_an_hour, ten_kw_needs_thirty)
+TRAINED = (moe_on_paper, relora_against_full_rank)
+"""What is on paper of the entries that train."""
 OPERATIONS: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: pow,
 }  # fmt: skip
@@ -54,7 +64,8 @@ def audits(tmp_path: Path) -> dict[str, Claim]:
 
 
 def test_every_line_of_arithmetic_gives_its_value_on_a_calculator(audits: dict[str, Claim]) -> None:
-    steps = [step for claim in audits.values() for step in claim.arithmetic] + list(moe_on_paper.arithmetic())
+    steps = [step for claim in audits.values() for step in claim.arithmetic]
+    steps += [step for module in TRAINED for step in module.arithmetic()]
     assert len(steps) > 60
     for step in steps:
         assert pocket_calculator(step.line) == pytest.approx(step.value, rel=1e-3), f"{step.name}: {step.line}"
@@ -65,7 +76,8 @@ def test_the_calculator_is_no_yes_man() -> None:
 
 
 def test_every_figure_has_a_source_and_every_verdict_its_conditions(audits: dict[str, Claim]) -> None:
-    premises = [p for claim in audits.values() for p in claim.premises] + list(moe_on_paper.premises())
+    premises = [p for claim in audits.values() for p in claim.premises]
+    premises += [premise for module in TRAINED for premise in module.premises()]
     for premise in premises:
         words = (
             "http",

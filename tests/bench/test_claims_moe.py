@@ -7,7 +7,9 @@ import pytest
 from hpc.bench.claims import moe_against_dense
 from hpc.bench.claims.claim import Bench
 from hpc.bench.claims.curves import Point, Spent, first_reach, held_out_curve
-from hpc.bench.claims.moe_against_dense import Saving, Trained, compared, judged
+from hpc.bench.claims.moe_against_dense import judged
+from hpc.bench.claims.savings import Saving, compared
+from hpc.bench.claims.trained import CONFIGS, Trained
 from hpc.config import Model, Pretrain, Router
 from hpc.config.load import load_config
 from hpc.plan.plan import plan
@@ -56,7 +58,7 @@ def test_one_expert_is_a_dense_swiglu_model() -> None:
 
 
 def test_the_dense_models_match_the_mixture_in_active_and_in_all_parameters() -> None:
-    config = load_config(moe_against_dense.ROOT / "configs" / "claims-moe-wide.yaml")
+    config = load_config(CONFIGS / "claims-moe-wide.yaml")
     stages = {stage.name: stage for stage in plan(config, load_site("local").machine).stages}
     moe, dense, wide = (stages[name] for name in (moe_against_dense.MOE, *moe_against_dense.RIVALS))
     routers = 4 * 256 * 8
@@ -106,8 +108,8 @@ def test_a_curve_starts_counting_at_the_first_row(tmp_path: Path) -> None:
 
 
 def test_models_are_compared_at_the_lowest_loss_that_both_reached() -> None:
-    moe = Trained(curve((8, 0, 0, 0), (5, 1000, 60, 600)), 5, 2e6, "estimated: a model")
-    dense = Trained(curve((8, 0, 0, 0), (6, 2000, 50, 500)), 6, 1e6, "estimated: a model")
+    moe = Trained(curve((8, 0, 0, 0), (5, 1000, 60, 600)), {"flops": 2e9, "tokens": 1e3}, "estimated: a model")
+    dense = Trained(curve((8, 0, 0, 0), (6, 2000, 50, 500)), {"flops": 2e9, "tokens": 2e3}, "estimated: a model")
     saving = compared(1, moe, "dense", dense)
     assert saving.loss == 6
     assert saving.parts == pytest.approx(

@@ -1,5 +1,6 @@
 """A chain small enough for every test run: the same stages and code paths as the quickstart, a minute in all."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,17 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> P
     result = launch("run", path, "--set", f"run_root={folder}", "--set", keep)
     assert result.returncode == 0, result.stdout + result.stderr
     return folder / "small"
+
+
+def prepare(folder: Path, uninterrupted: Path) -> Path:
+    """The small chain's configuration in `folder`, with its text already made: a run begins with pretraining."""
+    path = folder / "small.yaml"
+    path.write_text(SMALL)
+    shutil.copytree(uninterrupted / "stages/text", folder / "small/stages/text")
+    return path
+
+
+@pytest.fixture
+def prepared(tmp_path: Path, uninterrupted: Path) -> Path:
+    """The small chain's configuration, in a folder of its own where the text is made already."""
+    return prepare(tmp_path, uninterrupted)

@@ -38,7 +38,7 @@ def test_bad_settings_end_in_one_line(
 ) -> None:
     text = small.read_text()
     assert before in text
-    small.write_text(text.replace(before, after, 1))
+    small.write_text(text.replace(before, after, 1).replace("wandb: offline", "wandb: disabled"))
     result = launch("run", small, "--set", f"run_root={small.parent}")
     check(result, code, *words)
     assert not list(small.parent.glob("small/stages/*/receipt.json"))
@@ -58,7 +58,8 @@ def test_unreadable_data_names_the_file(
 ) -> None:
     (small.parent / name).write_bytes(content)
     override = f"stages.text.sources=[{{files: [{small.parent / name}]}}]"
-    check(launch("run", small, "--set", f"run_root={small.parent}", "--set", override), 3, *words)
+    silent = ["--set", "tracking.wandb=disabled"]
+    check(launch("run", small, "--set", f"run_root={small.parent}", "--set", override, *silent), 3, *words)
 
 
 def test_a_damaged_shard_is_named(uninterrupted: Path, tmp_path: Path, launch: Launch) -> None:
@@ -72,9 +73,9 @@ def test_a_damaged_shard_is_named(uninterrupted: Path, tmp_path: Path, launch: L
     check(launch("run", config, "--set", f"run_root={tmp_path}"), 4, str(shard), "is damaged")
 
 
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(small: Path, launch: Launch) -> None:
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_update(prepared: Path, launch: Launch) -> None:
     override = "stages.pretrain.train.optimizer.lr=1e18"
-    result = launch("run", small, "--set", f"run_root={small.parent}", "--set", override)
+    result = launch("run", prepared, "--set", f"run_root={prepared.parent}", "--set", override)
     check(result, 6, "is not finite on rank 0, 1: lower train.optimizer.lr = 1e+18")
 
 

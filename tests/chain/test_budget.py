@@ -1,7 +1,6 @@
 """A training stage that reaches its energy budget stops with a checkpoint, and goes on when the budget is raised."""
 
 import json
-import shutil
 from pathlib import Path
 
 import yaml
@@ -14,14 +13,14 @@ from tests.conftest import ROOT, Launch
 
 
 def test_training_stops_at_its_budget_with_a_checkpoint_and_goes_on_when_it_is_raised(
-    small: Path, uninterrupted: Path, launch: Launch
+    prepared: Path, launch: Launch
 ) -> None:
-    run, pretrain = small.parent / "small", small.parent / "small/stages/pretrain"
-    shutil.copytree(uninterrupted / "stages/text", run / "stages/text")
+    folder = prepared.parent
+    run, pretrain = folder / "small", folder / "small/stages/pretrain"
     site = yaml.safe_load((ROOT / "configs/sites/local.yaml").read_text())
     site["machine"] |= {"peak_flops_per_rank": 1e18, "stage_overhead_s": 0.0}  # the plan takes it for nearly free
-    (small.parent / "fast.yaml").write_text(yaml.safe_dump(site))
-    shared = ["run", small, "--site", small.parent / "fast.yaml", "--set", f"run_root={small.parent}",
+    (folder / "fast.yaml").write_text(yaml.safe_dump(site))
+    shared = ["run", prepared, "--site", folder / "fast.yaml", "--set", f"run_root={folder}",
               "--set", "tracking.wandb=disabled"]  # fmt: skip
 
     low = launch(*shared, "--set", "stages.pretrain.energy_budget_kwh=1e-6")  # 3.6 J: less than its start draws

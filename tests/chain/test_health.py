@@ -26,10 +26,10 @@ from tests.slurm.test_policy import SUBMIT, decide, end, verdict
 from tests.slurm.test_policy import start as began
 
 
-def test_a_suspended_rank_ends_the_attempt_with_the_stacks_of_the_others(small: Path) -> None:
-    run = small.parent / "small"
-    small.write_text(small.read_text() + "      health: {hang: {step_s: 4}}\n")
-    process = start(small)
+def test_a_suspended_rank_ends_the_attempt_with_the_stacks_of_the_others(prepared: Path) -> None:
+    run = prepared.parent / "small"
+    prepared.write_text(prepared.read_text() + "      health: {hang: {step_s: 4}}\n")
+    process = start(prepared)
     wait_for_step(run, 3, process)
     children = family(process)
     ranks = [child for child in children if "submitit.core._submit" in " ".join(child.cmdline())]

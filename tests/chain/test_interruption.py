@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from tests.chain.conftest import SMALL, prepare
 from tests.conftest import ROOT, Launch
 
 
@@ -32,9 +34,9 @@ def final(run: Path) -> dict[int, Any]:
     return {row["step"]: (row.get("loss"), row.get("heldout_loss")) for row in rows(run)}
 
 
-def start(config: Path) -> "subprocess.Popen[str]":
+def start(config: Path, *more: str) -> "subprocess.Popen[str]":
     """`launch.py run` in a process group of its own, as a shell starts it."""
-    command = [sys.executable, "launch.py", "run", str(config), "--set", f"run_root={config.parent}"]
+    command = [sys.executable, "launch.py", "run", str(config), "--set", f"run_root={config.parent}", *more]
     return subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0
     )
@@ -50,37 +52,48 @@ def wait_for_step(run: Path, step: int, process: "subprocess.Popen[str]") -> Non
     pytest.fail(f"step {step} was not reached in two minutes")
 
 
-def kill_at_step(small: Path, step: int) -> None:
-    """Run the small chain and pull the plug of its whole process group."""
-    process = start(small)
-    wait_for_step(small.parent / "small", step, process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
-
-
 def family(process: "subprocess.Popen[str]") -> list[psutil.Process]:
     return psutil.Process(process.pid).children(recursive=True)
 
 
-def test_a_run_killed_with_its_process_group_resumes_and_ends_bit_for_bit_the_same(
-    small: Path, uninterrupted: Path, launch: Launch
-) -> None:
-    run = small.parent / "small"
-    process = start(small)
-    wait_for_step(run, 25, process)
+@pytest.fixture(scope="module")
+def killed(uninterrupted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a small chain whose whole process group was killed after step 25. Tests go on with a copy."""
+    folder = tmp_path_factory.mktemp("killed") / "chain"
+    folder.mkdir()
+    process = start(prepare(folder, uninterrupted))
+    wait_for_step(folder / "small", 25, process)
     sampler = [child for child in family(process) if "hpc.energy.sampler" in " ".join(child.cmdline())]
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (run / "stages/pretrain/receipt.json").exists()
+    assert not (folder / "small/stages/pretrain/receipt.json").exists()
     assert psutil.wait_procs(sampler, timeout=5)[1] == [], "the sampler must notice that its stage is gone"
+    return folder
 
-    result = launch("run", small, "--set", f"run_root={small.parent}")
+
+def resume(killed: Path, folder: Path, launch: Launch, *more: str) -> Path:
+    """Run a copy of the killed chain to its end; returns the run directory."""
+    shutil.copytree(killed, folder)
+    result = launch("run", folder / "small.yaml", "--set", f"run_root={folder}", *more)
     assert result.returncode == 0, result.stderr
     assert "pretrain: resume: an earlier attempt did not finish" in result.stdout
-    second = [row["step"] for row in rows(run) if row["attempt"] == 2]
+    return folder / "small"
+
+
+@pytest.fixture(scope="module")
+def resumed(killed: Path, launch: Launch) -> Path:
+    """Run directory of the killed chain, resumed by the same command."""
+    return resume(killed, killed.with_name("resumed"), launch)
+
+
+def test_a_run_killed_with_its_process_group_resumes_and_ends_bit_for_bit_the_same(
+    resumed: Path, uninterrupted: Path
+) -> None:
+    second = [row["step"] for row in rows(resumed) if row["attempt"] == 2]
     assert second[0] == 21, "the newest checkpoint is that of step 20"
-    assert final(run) == final(uninterrupted)
-    receipts = [json.loads((folder / "stages/pretrain/receipt.json").read_text()) for folder in (run, uninterrupted)]
+    assert final(resumed) == final(uninterrupted)
+    folders = (resumed, uninterrupted)
+    receipts = [json.loads((folder / "stages/pretrain/receipt.json").read_text()) for folder in folders]
     weights = [[f["sha256"] for f in r["files"] if f["path"] == "model.safetensors"] for r in receipts]
     assert weights[0] == weights[1]
     assert receipts[0]["attempts"] == 2
@@ -88,16 +101,11 @@ def test_a_run_killed_with_its_process_group_resumes_and_ends_bit_for_bit_the_sa
 
 
 def test_a_killed_run_goes_on_with_fewer_ranks_and_another_layout(
-    small: Path, uninterrupted: Path, launch: Launch
+    killed: Path, uninterrupted: Path, tmp_path: Path, launch: Launch
 ) -> None:
-    run = small.parent / "small"
-    kill_at_step(small, 25)
-
     train = "stages.pretrain.train"
     alone = ["--set", f"{train}.parallel={{zero_stage: 2}}", "--set", f"{train}.batches.micro_batch_size=8"]
-    result = launch("run", small, "--set", f"run_root={small.parent}", *alone)
-    assert result.returncode == 0, result.stderr
-    assert "pretrain: resume: an earlier attempt did not finish" in result.stdout
+    run = resume(killed, tmp_path / "alone", launch, *alone)
     undisturbed = {row["step"]: row["loss"] for row in rows(uninterrupted) if row.get("loss")}
     second = {row["step"]: row["loss"] for row in rows(run) if row["attempt"] == 2 and row.get("loss")}
     assert min(second) == 21
@@ -105,27 +113,24 @@ def test_a_killed_run_goes_on_with_fewer_ranks_and_another_layout(
         assert second[step] == pytest.approx(undisturbed[step], abs=1e-5)
 
 
-def test_energy_of_a_killed_attempt_stays_in_the_ledger(small: Path, launch: Launch) -> None:
-    run = small.parent / "small"
-    kill_at_step(small, 12)
-    assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
+def test_energy_of_a_killed_attempt_stays_in_the_ledger(resumed: Path) -> None:
     from hpc.energy.ledger import stage_ledger
 
-    ledger = stage_ledger(run / "stages/pretrain")
+    ledger = stage_ledger(resumed / "stages/pretrain")
     assert [part.attempt for part in ledger.nodes] == [1, 2]
     assert all(part.energy_j is not None and part.energy_j > 0 for part in ledger.nodes)
     assert {work.attempt for work in ledger.lost} == {1}
     assert next(work.steps for work in ledger.lost if work.kind == "replayed_steps") >= 2
     assert ledger.missing == ()
-    receipt = json.loads((run / "stages/pretrain/receipt.json").read_text())
+    receipt = json.loads((resumed / "stages/pretrain/receipt.json").read_text())
     assert receipt["energy"]["energy_j"] == pytest.approx(ledger.energy_j, rel=0.05)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
-    small: Path, uninterrupted: Path, launch: Launch
+    prepared: Path, uninterrupted: Path, launch: Launch
 ) -> None:
-    run = small.parent / "small"
-    process = start(small)
+    run = prepared.parent / "small"
+    process = start(prepared)
     wait_for_step(run, 13, process)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to everybody
     _, errors = process.communicate(timeout=60)
@@ -135,15 +140,20 @@ def test_ctrl_c_saves_a_checkpoint_and_the_next_run_goes_on_from_it(
     stopped_at = max(row["step"] for row in rows(run))
     assert (run / f"stages/pretrain/checkpoints/step-{stopped_at:08d}/MANIFEST.json").exists()
 
-    assert launch("run", small, "--set", f"run_root={small.parent}").returncode == 0
+    assert launch("run", prepared, "--set", f"run_root={prepared.parent}").returncode == 0
     assert next(row["step"] for row in rows(run) if row["attempt"] == 2) == stopped_at + 1
     assert final(run) == final(uninterrupted)
 
 
-def test_a_rank_that_dies_ends_the_stage_in_one_line_and_leaves_no_process(small: Path) -> None:
-    run = small.parent / "small"
-    process = start(small)
-    wait_for_step(run, 8, process)
+def test_a_second_launch_is_refused_and_a_rank_that_dies_ends_the_stage_in_one_line_and_leaves_no_process(
+    prepared: Path, launch: Launch
+) -> None:
+    run = prepared.parent / "small"
+    process = start(prepared, "--set", "stages.pretrain.train.steps=5000")  # there is time for both
+    wait_for_step(run, 2, process)
+    second = launch("run", prepared, "--set", f"run_root={prepared.parent}")
+    assert second.returncode == 7
+    assert "is in use by process" in second.stderr
     children = family(process)
     ranks = [child for child in children if "submitit.core._submit" in " ".join(child.cmdline())]
     assert len(ranks) == 2
@@ -155,21 +165,10 @@ def test_a_rank_that_dies_ends_the_stage_in_one_line_and_leaves_no_process(small
     assert psutil.wait_procs(children, timeout=10)[1] == []
 
 
-def test_a_second_launch_beside_a_running_one_is_refused(small: Path, launch: Launch) -> None:
-    process = start(small)
-    try:
-        wait_for_step(small.parent / "small", 2, process)
-        result = launch("run", small, "--set", f"run_root={small.parent}")
-        assert result.returncode == 7
-        assert "is in use by process" in result.stderr
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
 def test_ctrl_c_in_a_stage_without_checkpoints_ends_it_at_once_and_leaves_nothing_half_done(
     small: Path, launch: Launch
 ) -> None:
+    small.write_text(SMALL.split("  - name: pretrain")[0])
     text = small.parent / "small/stages/text"
     process = start(small)
     deadline = time.monotonic() + 60

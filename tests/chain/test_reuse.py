@@ -94,12 +94,19 @@ def metrics(run: Path, stage: str) -> dict[str, Any]:
 
 def test_the_upcycled_model_begins_where_the_dense_one_is(done: Path) -> None:
     assert metrics(done, "sparse")["max_abs_logit_difference"] < 1e-5
+    assert metrics(done, "sparse")["max_relative_logit_difference"] < 1e-5
     assert metrics(done, "sparse")["expert_matrices_compared"] == 24
     assert 3 < metrics(done, "dense")["bits_per_byte"] < 4.5  # a guess: 9 bits a token, of 2 to 3 bytes
     before = metrics(done, "tuned")["heldout_loss_before"]
     dense = metrics(done, "evaluate")["models"]["dense"]["text"]["loss"]
     assert before == pytest.approx(dense, abs=2e-3)  # other windows, the same model
     assert metrics(done, "tuned")["heldout_loss"] < before
+
+
+def test_training_further_counts_its_flops(done: Path) -> None:
+    attention, experts, router, head = 2 * 64 * (64 + 32), 3 * 64 * 128, 4 * 64, 512 * 64
+    per_token = 6 * (2 * (attention + experts + router) + head) + 12 * 2 * 64 * 64
+    assert metrics(done, "tuned")["flops"] == 8 * 512 * per_token
 
 
 def test_adapters_learn_their_task_on_experts_that_the_passport_names(done: Path) -> None:

@@ -11,7 +11,8 @@ from hpc.config.load import load_config
 from hpc.plan.flops import forward_flops_per_token, model_flops_utilization, training_flops_per_token
 from hpc.plan.params import count, count_adapter
 from hpc.plan.plan import plan
-from hpc.plan.show import amount, duration, energy
+from hpc.plan.quantity import amount
+from hpc.plan.show import duration, energy
 from slurm.site import load_site
 from tests.conftest import Launch
 

@@ -88,7 +88,7 @@ def test_large_recipes_keep_expert_parallelism_and_fit_two_processes(name: str) 
 def test_one_core_rehearses_without_other_ranks_and_a_cluster_over_two_nodes() -> None:
     recipe = load_config(ROOT / "configs/relora-olmoe.yaml")
     alone = twin(recipe, Room(1, 1), "cpu").config.stage("relora")
-    nodes = twin(recipe, Room(2, 1), "cpu").config.stage("relora")
+    nodes = twin(recipe, Room(2, 2), "cpu").config.stage("relora")
     assert isinstance(alone, Trains)
     assert isinstance(nodes, Trains)
     assert (alone.train.parallel.world_size, alone.train.parallel.expert_parallel_size) == (1, 1)
@@ -97,6 +97,23 @@ def test_one_core_rehearses_without_other_ranks_and_a_cluster_over_two_nodes() -
     schedule = nodes.train.schedule
     assert schedule.restart_every_steps
     assert nodes.train.steps == 2 * schedule.restart_every_steps  # one real restart
+
+
+def test_a_recipe_for_one_node_stays_on_one_node_of_a_cluster_with_its_experts_on_two_ranks() -> None:
+    lora = twin(load_config(ROOT / "configs/reuse-mixtral-8x7b.yaml"), Room(2, 2), "cpu").config.stage("lora")
+    assert isinstance(lora, Trains)
+    parallel = lora.train.parallel
+    assert (parallel.nodes, parallel.ranks_per_node, parallel.expert_parallel_size) == (1, 2, 2)
+
+
+def test_without_a_cluster_nothing_is_made(tmp_path: Path, launch: Launch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    recipe, root = "configs/reuse-mixtral-8x7b.yaml", f"run_root={tmp_path}/runs"
+    result = launch("rehearse", recipe, "--site", "devcluster", "--set", root)
+    assert result.returncode == 8
+    assert result.stderr.count("\n") == 1
+    assert "devcluster up" in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 @given(experts=st.integers(1, 512), data=st.data())

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 from hpc.config import Upcycle
 from hpc.errors import ArtifactError, DataError
 from hpc.model.routing import PASSPORT
+from hpc.reuse.dense import DenseModel
 from hpc.reuse.gguf import _compare
 from hpc.reuse.shape import sparse_config
-from hpc.reuse.stored import StoredModel
 from hpc.reuse.upcycle import upcycle, verify
 from hpc.shrink.quantize import KL_LIMIT, check_matrices, compare
 from hpc.stages.common import BASE_FILE
@@ -78,7 +78,7 @@ def test_an_upcycled_expert_that_is_not_its_part_of_the_dense_block_is_refused(
 ) -> None:
     dense(tmp_path / "dense", shape)
     (tmp_path / "sparse").mkdir()
-    source, wanted = StoredModel(tmp_path / "dense"), Upcycle(num_experts=4, noise=noise)
+    source, wanted = DenseModel(tmp_path / "dense"), Upcycle(num_experts=4, noise=noise)
     upcycle(source, wanted, tmp_path / "sparse", 1)
     assert verify(source, wanted, tmp_path / "sparse") == 2 * 4 * 3
     file = tmp_path / "sparse/model-00002-of-00003.safetensors"

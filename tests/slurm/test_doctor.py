@@ -60,7 +60,7 @@ def test_ranks_and_cores_can_be_asked_of_srun_only(healthy: Cluster, launch: Lau
 def test_a_site_that_does_not_is_told_where(
     healthy: Cluster, launch: Launch, tmp_path: Path, override: str, expected: str, remedy: str
 ) -> None:
-    code, found, _ = examined(launch, tmp_path, "--site-set", override)
+    code, found, _ = examined(launch, tmp_path, "--site-set", override, "--ranks-per-node", "1")
     assert code == 8
     assert found["ranks"]["level"] == "problem"
     assert expected in found["ranks"]["what"]

@@ -1,6 +1,7 @@
 """The main job as Slurm jobs: the same chain, four ranks on two nodes, the same loss as on this machine."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -25,8 +26,9 @@ def loss(run: Path, stage: str) -> float:
     return float(json.loads((run / "stages" / stage / "receipt.json").read_text())["metrics"]["heldout_loss"])
 
 
-def local_loss(folder: Path, launch: Launch) -> float:
-    """Held-out loss of the same pretraining with four ranks on this machine, through `run`."""
+def local_loss(folder: Path, text: Path, launch: Launch) -> float:
+    """Held-out loss of the same pretraining on the same text with four ranks on this machine, through `run`."""
+    shutil.copytree(text, folder / "quickstart/stages/text")
     chain = yaml.safe_load((ROOT / "configs/quickstart.yaml").read_text())
     chain["stages"] = [stage for stage in chain["stages"] if stage["name"] in ("text", "pretrain")]
     site = yaml.safe_load((ROOT / "configs/sites/local.yaml").read_text())
@@ -61,4 +63,5 @@ def test_the_quickstart_as_slurm_jobs_ends_with_the_loss_of_the_local_run(
     assert "kill-on-invalid-dep=yes" in slurm("cat", chain.run.jobs / f"{chain.submitted('report')}_submission.sh")
     folder = tmp_path / "local"
     folder.mkdir()
-    assert loss(chain.run.root, "pretrain") == pytest.approx(local_loss(folder, launch), abs=1e-3)
+    here = local_loss(folder, chain.run.stage("text").root, launch)
+    assert loss(chain.run.root, "pretrain") == pytest.approx(here, abs=1e-3)

@@ -19,6 +19,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -36,6 +37,7 @@ from hpc.train.fragments import Fragment, copy_fragments, read_fragments, write_
 from hpc.train.saving import Copy, Write
 
 RANKS, SIZE, BLOCK = 2, 6000, 1 << 14
+WORKERS = 2
 ORIGIN = {"stage": "a1", "inputs": "b2"}
 
 
@@ -306,6 +308,26 @@ def values_of(folder: Path, engine: bool) -> list[Any]:
     return [result["values"] for result in attempt(folder, engine, body)[1]]
 
 
+def in_parallel(folder: Path, call: Callable[[Path, Any], dict[str, Any]], cases: list[Any]) -> list[dict[str, Any]]:
+    """call(PLACE, case) of each case, in forked workers with a place of their own: a kill is mostly waiting."""
+    workers = []
+    for number in range(WORKERS):
+        place = folder / f"worker-{number}"
+        place.mkdir()
+        child = os.fork()
+        if child == 0:
+            try:
+                (place / "told.json").write_text(json.dumps([call(place, case) for case in cases[number::WORKERS]]))
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+        workers.append(child)
+    assert [os.waitpid(child, 0)[1] for child in workers] == [0] * WORKERS
+    parts = [json.loads((folder / f"worker-{number}/told.json").read_text()) for number in range(WORKERS)]
+    return [parts[index % WORKERS][index // WORKERS] for index in range(len(cases))]
+
+
 def main() -> None:
     """Every case, and what became of it, as JSON."""
     parser = argparse.ArgumentParser()
@@ -343,27 +365,29 @@ def main() -> None:
     ]
     final = noted[0]["seen"].index("rename step-00000020")
     cases += [(twice, 0, at, 0) for at in range(final, final + 6)]
-    told = []
-    for start, observer, at, victim in cases:
-        shutil.rmtree(root)
+
+    def outcome(place: Path, start: Path, observer: int, at: int, victim: int) -> dict[str, Any]:
+        """What became of one kill; everything happens below `place`."""
+        root = place / "checkpoints"
+        shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(start, root)
         began = time.monotonic()
-        statuses, _, killed_log = attempt(folder, engine, saves(folder, 20, observer, at, victim))
+        statuses, _, killed_log = attempt(place, engine, saves(place, 20, observer, at, victim))
         published = (root / "step-00000020").exists()
         unfinished = any(root.glob(".staging-*"))
-        second, results, log = attempt(folder, engine, resumes)
-        told.append(
-            {
-                "again": start == twice, "observer": observer, "victim": victim,
-                "what": noted[observer]["seen"][at] if start == template else f"{at - final} after the last rename",
-                "statuses": statuses, "published": published, "unfinished": unfinished, "resumed": second,
-                "step": results[0]["step"] if results[0] else None,
-                "right": all(r and r["values"] == good[r["step"]][rank] for rank, r in enumerate(results)),
-                "left": results[0]["left"] if results[0] else None,
-                "said": [line for line in log.splitlines() if "not finished" in line or "damaged" in line],
-                "log": killed_log[-1500:] + log[-1500:], "seconds": time.monotonic() - began,
-            }
-        )  # fmt: skip
+        second, results, log = attempt(place, engine, resumes)
+        return {
+            "again": start == twice, "observer": observer, "victim": victim,
+            "what": noted[observer]["seen"][at] if start == template else f"{at - final} after the last rename",
+            "statuses": statuses, "published": published, "unfinished": unfinished, "resumed": second,
+            "step": results[0]["step"] if results[0] else None,
+            "right": all(r and r["values"] == good[r["step"]][rank] for rank, r in enumerate(results)),
+            "left": results[0]["left"] if results[0] else None,
+            "said": [line for line in log.splitlines() if "not finished" in line or "damaged" in line],
+            "log": killed_log[-1500:] + log[-1500:], "seconds": time.monotonic() - began,
+        }  # fmt: skip
+
+    told = in_parallel(folder, lambda place, case: outcome(place, *case), cases)
     options.out.write_text(json.dumps({"seen": [result["seen"] for result in noted], "cases": told, "full": full}))
 
 

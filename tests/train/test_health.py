@@ -1,10 +1,6 @@
 """Bad steps, slow ranks, silent corruption and hangs, on two real ranks through the real loop (health_worker.py)."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -21,25 +17,14 @@ from hpc.run.task import World
 from hpc.train import watchdog
 from hpc.train.corruption import bit_sum, minority, verdict
 from hpc.train.health import RECORD, Guard, Record, StepTimes, Word, clock
-from tests.conftest import ROOT
+from tests.ranks import end_of, start_ranks
 
 Told = dict[str, Any]
 
 
-def launch(ranks: int, folder: Path, *scenarios: str) -> list[int]:
+def launch(ranks: int, folder: Path, *scenarios: str) -> list[int | None]:
     """Run scenarios on that many ranks; returns the exit codes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {**os.environ, "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-              "OMP_NUM_THREADS": "1", "LOCAL_SIZE": str(ranks), "CROSS_RANK": "0", "CROSS_SIZE": "1"}  # fmt: skip
-    processes = []
-    for rank in range(ranks):
-        with (folder / f"log-{rank}.txt").open("w") as log:
-            command = [sys.executable, "-m", "tests.train.health_worker", str(folder), *scenarios]
-            env = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT))
-    return [process.wait(timeout=400) for process in processes]
+    return end_of(start_ranks(ranks, "tests.train.health_worker", [str(folder), *scenarios], folder), 400)
 
 
 @pytest.fixture(scope="module")

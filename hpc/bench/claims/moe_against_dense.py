@@ -12,56 +12,18 @@ works for others are not the models' own: then there is no verdict. What larger 
 (moe_on_paper.py). The run directories take half a gigabyte.
 """
 
-import os
-import subprocess
-import sys
-from dataclasses import dataclass
-from pathlib import Path
-from statistics import mean
-
-import hpc
 from hpc.bench.claims import moe_on_paper
 from hpc.bench.claims.claim import QUOTED, Bench, Claim, Entry, Measured, Verdict
-from hpc.bench.claims.curves import Point, Spent, first_reach, held_out_curve
-from hpc.errors import StageError, error_by_exit_code
-from hpc.run.directory import RunDirectory
-from hpc.run.receipt import read_receipt
+from hpc.bench.claims.savings import Saving, compared, flops_per_token, lines, means
+from hpc.bench.claims.trained import Load, Trained, launch, trained
 
 NAME = "moe-against-dense"
 STATEMENT = "A mixture of experts needs 65 % less energy than a dense model of the same quality."
-ROOT = Path(hpc.__file__).parent.parent
 RUN = "claims-moe"
 MOE, RIVALS = "moe", ("dense", "dense-wide")
 WHAT = {"dense": "dense, as many active parameters", "dense-wide": "dense, as many parameters in all"}
 RATES, TUNING_STEPS, SEEDS = (1.5e-3, 3e-3, 6e-3), 50, (1, 2)
 QUICK_STEPS = 40
-QUANTITIES = ("energy", "time", "FLOPs", "tokens")
-
-
-@dataclass(frozen=True)
-class Trained:
-    """One model of one run, as the comparison sees it."""
-
-    curve: list[Point]
-    loss: float
-    """Over all held-out tokens, after the last step."""
-    flops_per_token: float
-    energy_how: str
-    """Where its joules come from."""
-
-
-@dataclass(frozen=True)
-class Saving:
-    """The MoE beside one dense model, in one run, at the lowest loss that both reached."""
-
-    seed: int
-    rival: str
-    loss: float
-    parts: dict[str, float | None]
-    """Quantity -> fraction saved; negative where the MoE took more; None where something is not known."""
-    spent: dict[str, tuple[float | None, float | None]]
-    """Quantity -> what the MoE took, what the dense model took."""
-    energy_how: str
 
 
 def audit(bench: Bench) -> Claim:
@@ -69,21 +31,19 @@ def audit(bench: Bench) -> Claim:
     rivals = RIVALS[:1] if bench.quick else RIVALS
     models = (MOE, *rivals)
     rates = dict.fromkeys(models, 3e-3) if bench.quick else _tuned(bench, models)
-    savings, told, load = [], [], 0.0
+    savings, told, load = [], [], Load()
     for seed in SEEDS[:1] if bench.quick else SEEDS:
-        trained = _run(bench, models, seed, rates, QUICK_STEPS if bench.quick else None)
-        load = max(load, os.getloadavg()[1])
-        savings += [compared(seed, trained[MOE], rival, trained[rival]) for rival in rivals]
+        runs = _run(bench, models, seed, rates, QUICK_STEPS if bench.quick else None)
+        load.look()
+        savings += [compared(seed, runs[MOE], rival, runs[rival]) for rival in rivals]
         told += [
             Measured(f"held-out loss of {model}, seed {seed}, learning rate {rates[model]:g}", run.loss, "nats",
                      "measured: all held-out tokens, after the last step")
-            for model, run in trained.items()
+            for model, run in runs.items()
         ]  # fmt: skip
-    told.append(
-        Measured("load of the machine, largest of five minutes", load, "", f"measured: kernel; cores: {os.cpu_count()}")
-    )
-    verdict, because = judged(savings, bench.quick, is_shared=load > (os.cpu_count() or 1) + 1)
-    flops = max(run.flops_per_token * run.curve[-1].spent.tokens for run in trained.values())
+    told.append(load.told)
+    verdict, because = judged(savings, bench.quick, load.is_shared)
+    flops = max(flops_per_token(run) * run.curve[-1].spent.tokens for run in runs.values())
     return Claim(
         name=NAME,
         statement=STATEMENT,
@@ -109,19 +69,8 @@ def audit(bench: Bench) -> Claim:
         ),
         premises=moe_on_paper.premises(),
         arithmetic=moe_on_paper.arithmetic(),
-        measured=(*(line for saving in savings for line in _lines(saving)), *told),
+        measured=(*(line for saving in savings for line in lines(saving)), *told),
     )
-
-
-def compared(seed: int, moe: Trained, rival: str, dense: Trained) -> Saving:
-    """What the MoE saved against a dense model, at the lowest held-out loss that both reached."""
-    loss = max(min(point.loss for point in run.curve) for run in (moe, dense))
-    ours, theirs = first_reach(moe.curve, loss), first_reach(dense.curve, loss)
-    assert ours is not None, "both reach the loss, by its choice"
-    assert theirs is not None
-    spent = {quantity: (_amount(ours, moe, quantity), _amount(theirs, dense, quantity)) for quantity in QUANTITIES}
-    parts = {quantity: None if a is None or not b else 1 - a / b for quantity, (a, b) in spent.items()}
-    return Saving(seed, rival, loss, parts, spent, moe.energy_how)
 
 
 def judged(savings: list[Saving], quick: bool, is_shared: bool) -> tuple[Verdict, str]:
@@ -140,43 +89,7 @@ def judged(savings: list[Saving], quick: bool, is_shared: bool) -> tuple[Verdict
 
 
 def _mean(savings: list[Saving], rival: str) -> str:
-    words = []
-    for quantity in QUANTITIES:
-        values = [saving.parts[quantity] for saving in savings if saving.rival == rival]
-        known = [value for value in values if value is not None]
-        if known:
-            spread = f" (seeds: {', '.join(_change(value) for value in known)})" if len(known) > 1 else ""
-            words.append(f"{quantity} {_change(mean(known))}{spread}")
-    return f"the MoE beside {WHAT[rival]}: {', '.join(words)}"
-
-
-def _change(saved: float) -> str:
-    """-12% for a saving of 0.12, +3% where the MoE took more."""
-    return f"{-100 * saved:+.0f}%"
-
-
-def _lines(saving: Saving) -> list[Measured]:
-    """One line a quantity; a negative saving means that the MoE took more."""
-    units = {"energy": "J", "time": "s", "FLOPs": "FLOP", "tokens": "tokens"}
-    lines = []
-    for quantity, part in saving.parts.items():
-        ours, theirs = saving.spent[quantity]
-        how = saving.energy_how if quantity == "energy" else "from metrics.jsonl, interpolated"
-        both = "not known" if ours is None or theirs is None else f"{ours:.4g} against {theirs:.4g} {units[quantity]}"
-        lines.append(
-            Measured(f"{quantity} saved against {saving.rival}, seed {saving.seed}, to {saving.loss:.3f} nats",
-                     None if part is None else 100 * part, "%", f"derived: {both}; {how}")
-        )  # fmt: skip
-    return lines
-
-
-def _amount(spent: Spent, run: Trained, quantity: str) -> float | None:
-    return {
-        "energy": spent.energy_j,
-        "time": spent.seconds,
-        "FLOPs": spent.tokens * run.flops_per_token,
-        "tokens": spent.tokens,
-    }[quantity]
+    return f"the MoE beside {WHAT[rival]}: {means([saving for saving in savings if saving.rival == rival])}"
 
 
 def _tuned(bench: Bench, models: tuple[str, ...]) -> dict[str, float]:
@@ -194,35 +107,14 @@ def _run(
 ) -> dict[str, Trained]:
     """`launch.py run`, and what it left. The run directory is the same every time: its text is prepared once."""
     file = "claims-moe-wide.yaml" if RIVALS[1] in models else "claims-moe.yaml"
-    settings = [f"run_root={bench.folder}", f"seed={seed}"]
+    settings = [f"seed={seed}"]
     for model in models:
         settings.append(f"stages.{model}.train.optimizer.lr={rates[model]}")
         if steps is not None:
             settings += [f"stages.{model}.train.steps={steps}", f"stages.{model}.train.evaluate_every_steps=10"]
-    command = [sys.executable, str(ROOT / "launch.py"), "run", str(ROOT / "configs" / file)]
     bench.tell(f"{NAME}: training {', '.join(models)}, seed {seed}" + (f", {steps} steps" if steps else ""))
-    done = subprocess.run(
-        [*command, *(word for setting in settings for word in ("--set", setting))], capture_output=True, text=True
-    )
-    if done.returncode:
-        last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise error_by_exit_code(done.returncode, f"{NAME}: {last.removeprefix('error: ')}")
-    run = RunDirectory(bench.folder / RUN)
-    return {model: _trained(run, model) for model in models}
-
-
-def _trained(run: RunDirectory, model: str) -> Trained:
-    directory = run.stage(model)
-    receipt = read_receipt(directory)
-    if receipt is None:
-        raise StageError(f"{NAME}: stage {model!r} left no receipt in {directory.root}")
-    how = "; ".join(str(source) for source in receipt.energy.get("provenance", [])) or "no counter"
-    return Trained(
-        curve=held_out_curve(directory.metrics),
-        loss=float(receipt.metrics["heldout_loss"]),
-        flops_per_token=receipt.metrics["flops"] / receipt.metrics["tokens"],
-        energy_how=how,
-    )
+    run = launch(bench, NAME, file, RUN, settings)
+    return {model: trained(run, model) for model in models}
 
 
 ENTRY = Entry(NAME, STATEMENT, "run here", audit)

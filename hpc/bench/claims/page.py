@@ -16,7 +16,7 @@ def figure(value: float) -> str:
 def page(claims: Iterable[Claim]) -> str:
     """All claims, then one line each."""
     told = list(claims)
-    summary = [f"  {claim.name:<22} {claim.verdict}" for claim in told]
+    summary = [f"  {claim.name:<24} {claim.verdict}" for claim in told]
     return "\n".join([*("\n".join(_claim(claim)) + "\n" for claim in told), "verdicts", *summary])
 
 

@@ -1,0 +1,22 @@
+"""What a .gguf file holds, read with the library that belongs to llama.cpp's converter."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gguf import GGUFReader
+from gguf.quants import dequantize
+
+from hpc.shrink.matrices import Named
+
+
+def matrices(file: Path) -> Iterator[Named]:
+    """Every tensor in float32, dequantized, an expert's by itself: `blk.0.ffn_gate_exps.3.weight`. In the file's order;
+    one expert's matrix is in memory at a time."""
+    for tensor in GGUFReader(str(file)).tensors:
+        shape = tuple(int(size) for size in reversed(tensor.shape))
+        if "_exps." not in tensor.name:
+            yield tensor.name, dequantize(tensor.data, tensor.tensor_type).reshape(shape)
+            continue
+        name, part = tensor.name.rsplit(".", 1)
+        for expert, data in enumerate(tensor.data.reshape(shape[0], *tensor.data.shape[1:])):
+            yield f"{name}.{expert}.{part}", dequantize(data, tensor.tensor_type).reshape(shape[1:])

