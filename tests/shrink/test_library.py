@@ -46,7 +46,7 @@ def error(folder: Path, expert: int) -> tuple[float, float]:
 
 
 def relative(found: torch.Tensor, wanted: torch.Tensor) -> float:
-    return float((found - wanted).detach().norm() / wanted.norm())
+    return float((found - wanted).detach().norm() / wanted.detach().norm())
 
 
 def test_a_process_killed_with_its_parent_leaves_nothing_and_the_next_one_is_complete(tmp_path: Path) -> None:
