@@ -1,12 +1,17 @@
 """The formats of the `export` stage behind one face: convert, quantize, read back, count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from hpc.model.build import load_config
 from hpc.shrink import gguf, gguf_file, mlx_export, mlx_folder
 from hpc.shrink.matrices import Named
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
 
 
 class LaptopFormat(Protocol):
@@ -14,7 +19,7 @@ class LaptopFormat(Protocol):
 
     runtime: str
     """Who reads it: llama.cpp or mlx."""
-    bits: float
+    bits: int
     """Of most weights, scales not counted."""
     accepted_conversion_kl: float
     """Largest KL divergence (nats per token) of the unquantized file from its source."""
@@ -24,8 +29,9 @@ class LaptopFormat(Protocol):
         that the runtime does not have."""
         ...
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
-        """Write the artifact into `folder`; returns what the runtime opens."""
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
+        """Write the artifact into `folder`; returns what the runtime opens. importance: of the columns of matrices, by
+        tensors of a .gguf file (hpc.shrink.importance); may be empty, and MLX has no use for it."""
         ...
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -47,22 +53,26 @@ class Gguf:
     """A file that llama.cpp reads."""
 
     runtime = "llama.cpp"
-    accepted_conversion_kl = 1e-4
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self.bits = BITS[kind]
+        self.accepted_conversion_kl = 1e-5
 
     def convert(self, source: Path, scratch: Path) -> Path:
         """As in LaptopFormat."""
+        self.accepted_conversion_kl = conversion_kl(source)
         plain = scratch / "plain.gguf"
-        gguf.export(source, plain, "f16", scratch / "converting")
+        gguf.convert(source, plain)
         return plain
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
         """As in LaptopFormat."""
         path = folder / f"model-{self._kind}.gguf"
-        gguf.export(source, path, self._kind, folder.with_name(".quantizing"))
+        if self._kind == "f16":
+            gguf.convert(source, path, "f16")
+        else:
+            gguf.quantize(plain, path, self._kind, plain.parent, importance=importance)
         return path
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -74,6 +84,12 @@ class Gguf:
         return gguf.census(next(path.glob("*.gguf")) if path.is_dir() else path)
 
 
+def conversion_kl(source: Path) -> float:
+    """Largest accepted divergence of an unquantized file: runtimes compute in fp32 what is kept in it; what is kept in
+    bf16 some round on the way."""
+    return 1e-3 if "bfloat16" in str(load_config(source).dtype) else 1e-5
+
+
 class Mlx:
     """A folder that mlx-lm reads."""
 
@@ -81,18 +97,18 @@ class Mlx:
 
     def __init__(self, kind: str, group_size: int) -> None:
         self._kind, self._group_size = kind, group_size
-        self.bits = float(mlx_export.MLX_TYPES[kind].bits or 16)
+        self.bits = mlx_export.MLX_TYPES[kind].bits or 16
         self.accepted_conversion_kl = 1e-5
 
     def convert(self, source: Path, scratch: Path) -> Path:
         """As in LaptopFormat: in the precision that the source is kept in."""
         kind = "bf16" if "bfloat16" in str(load_config(source).dtype) else "f32"
-        self.accepted_conversion_kl = 1e-3 if kind == "bf16" else 1e-5
+        self.accepted_conversion_kl = conversion_kl(source)
         plain = scratch / "plain"
         mlx_export.export(source, plain, kind, scratch / "converting")
         return plain
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
         """As in LaptopFormat."""
         folder.rmdir()
         mlx_export.export(source, folder, self._kind, folder.with_name(".quantizing"), group_size=self._group_size)

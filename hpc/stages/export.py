@@ -4,23 +4,27 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 
 from hpc.config import Export
 from hpc.data.store import TokenStore
 from hpc.errors import ArtifactError
+from hpc.model.build import load_model
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.runtimes.remote import Remote
 from hpc.runtimes.tokens import PROBES, check_special, check_tokens
+from hpc.shrink.calibration import windows
 from hpc.shrink.formats import LaptopFormat, laptop_format
+from hpc.shrink.importance import collect
 from hpc.shrink.matrices import MatrixErrors, check_matrices
 from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
+from hpc.stages.common import PROBE_LENGTH, probe_sequences
 
-PROBE_LENGTH = 128
-"""Ids of each sequence that source and artifact are compared on."""
 NEW_TOKENS = 32
 """Of each prompt's continuation."""
+LONGEST = 512
+"""Ids of a sequence that the importance of columns is measured on."""
 
 
 def run(context: Context) -> Result:
@@ -39,11 +43,11 @@ def run(context: Context) -> Result:
         plain = made.convert(source, scratch)
         context.progress(f"loading {name}")
         with Remote(source, PROBE_LENGTH + NEW_TOKENS) as original:
-            sequences, of_what = _probe(context, stage, original.vocab_size)
+            sequences, of_what = probe_sequences(context, stage.proof_tokens, original.vocab_size)
             context.progress(f"comparing the conversion with {name}")
             converted = _converted(original, plain, made, sequences[:2])
             context.progress(f"writing {stage.format}")
-            path = made.write(source, plain, staging)
+            path = made.write(source, plain, staging, _importance(context, stage, source))
             context.check_budget()
             context.progress("comparing every matrix")
             errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
@@ -52,7 +56,7 @@ def run(context: Context) -> Result:
                 check_tokens(exported, source, [*PROBES, original.decode(sequences[0])])
                 check_special(exported, source)
                 agreement = compare(original, exported, sequences)
-                check_agreement(agreement, made.bits)
+                check_agreement(agreement, made.bits, stage.accepted_kl)
                 texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
                 runtime = {
                     "load_seconds": exported.load_seconds,
@@ -70,19 +74,15 @@ def run(context: Context) -> Result:
     )
 
 
-def _probe(context: Context, stage: Export, vocab_size: int) -> tuple[list[list[int]], str]:
-    """Sequences to compare on, and what they are."""
-    count = max(2, stage.proof_tokens // PROBE_LENGTH)
-    stores = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
-    rows: list[list[int]] = []
-    for tokens in stores:
-        whole = len(tokens) // PROBE_LENGTH
-        spread = np.arange(min(whole, -(-count // len(stores)))) * whole // max(1, min(whole, -(-count // len(stores))))
-        rows += [tokens[at * PROBE_LENGTH : (at + 1) * PROBE_LENGTH].tolist() for at in spread]
-    if len(rows) >= 2:
-        return rows, "held-out"
-    random = np.random.default_rng(context.task.seed)
-    return random.integers(vocab_size, size=(count, PROBE_LENGTH)).tolist(), "random"
+def _importance(context: Context, stage: Export, source: Path) -> dict[str, Any]:
+    """How much each column of each matrix counts, on held-in text; nothing where the stage asks for none."""
+    if not stage.importance_tokens or not stage.format.startswith("gguf"):
+        return {}
+    context.progress("measuring which columns count")
+    texts = [TokenStore(folder / "train").tokens for _, folder in context.inputs("tokens")]
+    model = load_model(source).eval()
+    length = min(LONGEST, int(model.config.max_position_embeddings))
+    return collect(model, torch.from_numpy(windows(texts, stage.importance_tokens, length)))
 
 
 def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: list[list[int]]) -> Agreement:

@@ -17,8 +17,8 @@ import torch
 
 from hpc.errors import ArtifactError
 from hpc.model.build import load_model
+from hpc.shrink.compressed import packed_census, quantized_bits
 from hpc.shrink.library import quantize_apart
-from hpc.shrink.quantize import packed_census, quantized_bits
 from hpc.shrink.request import Request
 from hpc.shrink.sensitivity import rounded
 from tests.conftest import ROOT
