@@ -25,7 +25,7 @@ class LaptopFormat(Protocol):
         ...
 
     def write(self, source: Path, plain: Path, folder: Path) -> Path:
-        """Write the artifact into `folder`; returns what the runtime opens."""
+        """Write the artifact into `folder`, working beside `plain`; returns what the runtime opens."""
         ...
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -62,7 +62,7 @@ class Gguf:
     def write(self, source: Path, plain: Path, folder: Path) -> Path:
         """As in LaptopFormat."""
         path = folder / f"model-{self._kind}.gguf"
-        gguf.export(source, path, self._kind, folder.with_name(".quantizing"))
+        gguf.export(source, path, self._kind, plain.with_name("quantizing"))
         return path
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -95,7 +95,7 @@ class Mlx:
     def write(self, source: Path, plain: Path, folder: Path) -> Path:
         """As in LaptopFormat."""
         folder.rmdir()
-        mlx_export.export(source, folder, self._kind, folder.with_name(".quantizing"), group_size=self._group_size)
+        mlx_export.export(source, folder, self._kind, plain.with_name("quantizing"), group_size=self._group_size)
         return folder
 
     def matrices(self, path: Path) -> Iterator[Named]:
