@@ -25,7 +25,7 @@ DOORS = {
     "amdsmi": {"hpc/energy/counters/amd_smi.py"},
     "tokenizers": {"hpc/data/tokenizer.py", "hpc/data/shards.py", "hpc/stages/prepare.py"},
     "transformers": {
-        "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/shrink/quantize.py",
+        "hpc/model/build.py", "hpc/adapt/lora.py", "hpc/shrink/compressed.py",
         "hpc/train/engine.py", "hpc/bench/peers.py", "hpc/model/attention.py", "hpc/adapt/merge.py",
         "hpc/reuse/gguf.py", "hpc/runtimes/templates.py", "hpc/shrink/importance.py",
     },

@@ -141,9 +141,13 @@ def base_name(name: str) -> str | None:
     return name.replace(".base_layer", "")
 
 
-def trainable_parameters(model: nn.Module) -> int:
-    """Parameters that training changes."""
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+def trainable_parameters(model: nn.Module, expert_parallel_size: int) -> int:
+    """Parameters that training changes, over all ranks: after `attach` one holds the adapters of its own experts."""
+    return sum(
+        parameter.numel() * (expert_parallel_size if f".{PLACE}." in name else 1)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    )
 
 
 def save_adapter(state: Mapping[str, Tensor], settings: AdapterTraining, folder: Path, *, has_experts: bool) -> None:

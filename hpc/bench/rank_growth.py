@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hpc.reuse.stored import StoredModel
 from hpc.run.directory import RunDirectory
-from hpc.stages.export import export_stage
+from hpc.stages.model_folder import export_stage
 
 ATTENTION, EXPERTS = "model.layers.{layer}.self_attn.q_proj.weight", "model.layers.{layer}.mlp.experts.w2"
 

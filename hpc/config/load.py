@@ -284,7 +284,8 @@ def _resolve_paths(document: Document, folder: Path) -> None:
                 path = ("stages", index, "sources", number, "files", position)
                 source["files"][position] = _file(document, path, folder, name)
         tasks = stage.get("tasks")
-        for position, name in enumerate(tasks if isinstance(tasks, list) else []):
+        tasks = tasks if isinstance(tasks, list) else []
+        for position, name in enumerate(tasks):
             if isinstance(name, str) and name.endswith((".yaml", ".yml")):
                 tasks[position] = _file(document, ("stages", index, "tasks", position), folder, name)
 

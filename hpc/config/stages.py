@@ -316,6 +316,13 @@ class Quantize(Task):
     matrices (attention, feed-forward), and all experts together, get 2 to 8 bits by what rounding them does to
     calibration text, so that the sum of errors is least. It wants `tokens` in `needs`."""
 
+    proof_tokens: PositiveInt = 1024
+    """Ids that source and artifact are compared on, in sequences of 128."""
+
+    accepted_kl: PositiveFloat | None = None
+    """Largest KL divergence from the source, nats per token, with which the artifact is not refused. By default what
+    sound models stay below: 0.005 at 8 bits, 0.05 at 4, 2 at 2. What quality is wanted is for a `gate` to say."""
+
     calibration: Calibration = Calibration()
     """The text that `auto_round` and `bits_per_weight` look at, and what every expert must see of it."""
 
@@ -370,6 +377,10 @@ class Export(Task):
 
     proof_tokens: PositiveInt = 1024
     """Ids that source and artifact are compared on, in sequences of 128."""
+
+    accepted_kl: PositiveFloat | None = None
+    """Largest KL divergence from the source, nats per token, with which the artifact is not refused. By default what
+    sound models stay below: 0.005 at 8 bits, 0.05 at 4, 2 at 2. What quality is wanted is for a `gate` to say."""
 
     prompts: list[str] = ["The people of the United States"]
     """Beginnings that source and artifact continue greedily, side by side in the receipt."""

@@ -106,7 +106,7 @@ def _adapted(model: Runner, context_length: int, prefix_id: int) -> Any:
             return totals
 
         def generate_until(self, requests: Iterable[Any], disable_tqdm: bool = False) -> list[str]:
-            return [_write(model, *request.args, context_length) for request in requests]
+            return [_write(model, request.args[0], request.args[1], context_length) for request in requests]
 
     return Adapted()
 

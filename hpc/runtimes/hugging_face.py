@@ -20,13 +20,13 @@ class Transformers:
     def __init__(self, folder: Path) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         dtype = torch.float32 if self._device == "cpu" else torch.bfloat16
-        self._model = load_model(folder, dtype).eval().to(self._device)
+        self.model = load_model(folder, dtype).eval().to(self._device)
         self._tokenizer = load_tokenizer(folder)
         self._plain = load_tokenizer(folder)
         self._plain.encode_special_tokens = True
         self._template = folder / TEMPLATE
-        self._ends = _ends(folder, self._model.config.eos_token_id)
-        self.vocab_size = int(self._model.config.vocab_size)
+        self._ends = _ends(folder, self.model.config.eos_token_id)
+        self.vocab_size = int(self.model.config.vocab_size)
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """As in Runner."""
@@ -41,7 +41,7 @@ class Transformers:
         """Logits (B, S, V) of ids (B, S); positions (B, S) begin again where another document does."""
         places = None if positions is None else positions.to(self._device)
         with torch.no_grad():
-            found: torch.Tensor = self._model(
+            found: torch.Tensor = self.model(
                 input_ids=ids.to(self._device), position_ids=places, use_cache=False
             ).logits
         return found.cpu()
@@ -49,7 +49,7 @@ class Transformers:
     def logits(self, ids: list[int]) -> npt.NDArray[np.float32]:
         """As in Runner."""
         with torch.no_grad():
-            found = self._model(input_ids=torch.tensor([ids], device=self._device), use_cache=False).logits[0]
+            found = self.model(input_ids=torch.tensor([ids], device=self._device), use_cache=False).logits[0]
         array: npt.NDArray[np.float32] = found.float().cpu().numpy()
         return array
 
@@ -59,7 +59,7 @@ class Transformers:
         new, cache = torch.tensor([ids], device=self._device), None
         for _ in range(max_tokens):
             with torch.no_grad():
-                output = self._model(input_ids=new, past_key_values=cache, use_cache=True)
+                output = self.model(input_ids=new, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
             token = _choose(output.logits[0, -1].float().cpu(), sampling, random)
             if token in self._ends:
@@ -75,7 +75,7 @@ class Transformers:
 
     def memory_bytes(self) -> int | None:
         """As in Runner: parameters and buffers."""
-        tensors: list[torch.Tensor] = [*self._model.parameters(), *self._model.buffers()]
+        tensors: list[torch.Tensor] = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -14,7 +14,7 @@ class LaptopFormat(Protocol):
 
     runtime: str
     """Who reads it: llama.cpp or mlx."""
-    bits: float
+    bits: int
     """Of most weights, scales not counted."""
     accepted_conversion_kl: float
     """Largest KL divergence (nats per token) of the unquantized file from its source."""
@@ -81,7 +81,7 @@ class Mlx:
 
     def __init__(self, kind: str, group_size: int) -> None:
         self._kind, self._group_size = kind, group_size
-        self.bits = float(mlx_export.MLX_TYPES[kind].bits or 16)
+        self.bits = mlx_export.MLX_TYPES[kind].bits or 16
         self.accepted_conversion_kl = 1e-5
 
     def convert(self, source: Path, scratch: Path) -> Path:

@@ -32,16 +32,20 @@ def accepted_error(bits: float) -> float:
 
 
 def check_matrices(source: Iterable[Named], found: Iterable[Named], bits: float) -> MatrixErrors:
-    """Compare two models' parameters, both in the same order. Raises ArtifactError that names the one that is wrong."""
+    """Compare two models' parameters by name, one of each in memory where both come in the same order.
+
+    Raises ArtifactError that names the one that is wrong, missing or too many.
+    """
     limit = accepted_error(bits)
     worst, worst_name, experts = 0.0, "", {}
-    last = object()
-    others = iter(found)
+    others, waiting = iter(found), dict[str, npt.NDArray[Any]]()
     for name, wanted in source:
-        pair = next(others, last)
-        if not isinstance(pair, tuple) or pair[0] != name:
-            raise ArtifactError(f"the artifact read back has no {name}: it is refused")
-        matrix = pair[1]
+        while name not in waiting:
+            other, matrix = next(others, ("", None))
+            if matrix is None:
+                raise ArtifactError(f"the artifact read back has no {name}: it is refused")
+            waiting[other] = matrix
+        matrix = waiting.pop(name)
         if matrix.shape != wanted.shape:
             raise ArtifactError(
                 f"the artifact read back has {name} as {matrix.shape}, not {wanted.shape}: it is refused"
@@ -56,9 +60,9 @@ def check_matrices(source: Iterable[Named], found: Iterable[Named], bits: float)
             experts[name] = error
         if error > worst:
             worst, worst_name = error, name
-    extra = next(others, None)
+    extra = next(iter(waiting), None) or next(others, (None, None))[0]
     if extra is not None:
-        raise ArtifactError(f"the artifact read back has {extra[0]}, which its source has not: it is refused")
+        raise ArtifactError(f"the artifact read back has {extra}, which its source has not: it is refused")
     return MatrixErrors(worst, worst_name, experts)
 
 

@@ -77,20 +77,18 @@ def compare(source: Runner, artifact: Runner, sequences: list[list[int]]) -> Agr
     )
 
 
-def accepted_kl(bits: float) -> float:
-    """KL divergence (nats per token) beyond which an artifact is taken for misread: 0.01 at 8 bits, 0.5 at 4.
-
-    A runtime that misreads a type answers at random, several nats away. What quality is enough is for a gate to say.
-    """
-    return float(0.01 * 10 ** (0.425 * (8 - min(bits, 8))))
+KL_LIMIT = {2: 2.0, 3: 0.5, 4: 0.05, 5: 0.02, 6: 0.01, 7: 0.007, 8: 0.005, 16: 0.001}
+"""Largest accepted KL divergence (nats per token) from the source, by bits, where a stage does not say."""
 
 
-def check_agreement(agreement: Agreement, bits: float) -> None:
-    """Raises ArtifactError for an artifact that its runtime misreads."""
-    if not agreement.kl <= accepted_kl(bits):
+def check_agreement(agreement: Agreement, bits: int, accepted_kl: float | None) -> None:
+    """Raises ArtifactError for an artifact that is too far from its source."""
+    limit = KL_LIMIT[bits] if accepted_kl is None else accepted_kl
+    if not agreement.kl <= limit:
         raise ArtifactError(
-            f"the artifact read back differs from its source by KL {agreement.kl:.4f} nats per token, accepted is "
-            f"{accepted_kl(bits):.3f} at {bits:g} bits: it is refused"
+            f"the artifact read back differs from its source by KL {agreement.kl:.4f} nats per token (perplexity x "
+            f"{agreement.perplexity_ratio:.3f}), accepted is {limit:g} at {bits} bits: it is refused; take more bits, "
+            "or raise accepted_kl"
         )
 
 

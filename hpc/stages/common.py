@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hpc.config import TrainingBase
 from hpc.data.loader import Share
 from hpc.data.store import TokenStore
@@ -97,6 +99,27 @@ def workspace(context: Context) -> Iterator[tuple[Path, Path]]:
         yield staging, scratch
     finally:
         clear()
+
+
+PROBE_LENGTH = 128
+"""Ids of each sequence that a shrunken model and its source are compared on."""
+
+
+def probe_sequences(context: Context, tokens: int, vocab_size: int) -> tuple[list[list[int]], str]:
+    """About so many ids to compare two models on, in sequences of PROBE_LENGTH, and what they are: taken evenly from
+    all over the held-out part of the texts that the stage needs, else random."""
+    count = max(2, tokens // PROBE_LENGTH)
+    stores = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
+    rows: list[list[int]] = []
+    for store in stores:
+        whole = len(store) // PROBE_LENGTH
+        share = min(whole, -(-count // len(stores)))
+        starts = [PROBE_LENGTH * (number * whole // share) for number in range(share)]
+        rows += [store[start : start + PROBE_LENGTH].tolist() for start in starts]
+    if len(rows) >= 2:
+        return rows, "held-out"
+    random = np.random.default_rng(context.task.seed)
+    return random.integers(vocab_size, size=(count, PROBE_LENGTH)).tolist(), "random"
 
 
 def copy_tokenizer_files(source: Path, folder: Path) -> None:

@@ -5,10 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hpc.config import Export
-from hpc.data.store import TokenStore
 from hpc.errors import ArtifactError
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
@@ -17,10 +14,8 @@ from hpc.runtimes.tokens import PROBES, check_special, check_tokens
 from hpc.shrink.formats import LaptopFormat, laptop_format
 from hpc.shrink.matrices import MatrixErrors, check_matrices
 from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
-from hpc.stages.common import workspace
+from hpc.stages.common import PROBE_LENGTH, probe_sequences, workspace
 
-PROBE_LENGTH = 128
-"""Ids of each sequence that source and artifact are compared on."""
 NEW_TOKENS = 32
 """Of each prompt's continuation."""
 
@@ -44,12 +39,12 @@ def run(context: Context) -> Result:
         plain = made.convert(source, scratch)
         told(f"loading {name}")
         with Remote(source, PROBE_LENGTH + NEW_TOKENS) as original:
-            sequences, of_what = _probe(context, stage, original.vocab_size)
+            sequences, of_what = probe_sequences(context, stage.proof_tokens, original.vocab_size)
             told(f"comparing the conversion with {name}")
             converted = _converted(original, plain, made, sequences[:2])
             told(f"writing {stage.format}")
             path = made.write(source, plain, staging)
-            proof = prove(made, original, plain, path, sequences, stage.prompts, told)
+            proof = prove(made, stage, original, plain, path, sequences, told)
         staging.rename(artifact)
     census = made.census(next(artifact.glob("*.gguf"), artifact))
     return _result(stage, artifact, census, converted, proof, of_what)
@@ -67,7 +62,7 @@ class Proof:
 
 
 def prove(
-    made: LaptopFormat, original: Remote, plain: Path, path: Path, sequences: list[list[int]], prompts: list[str],
+    made: LaptopFormat, stage: Export, original: Remote, plain: Path, path: Path, sequences: list[list[int]],
     told: Callable[[str], None],
 ) -> Proof:  # fmt: skip
     """Compare the artifact `path` with its source, opened as `original`, and with `plain`, the same unquantized.
@@ -82,8 +77,8 @@ def prove(
         check_tokens(exported, original.path, [*PROBES, original.decode(sequences[0])])
         check_special(exported, original.path)
         agreement = compare(original, exported, sequences)
-        check_agreement(agreement, made.bits)
-        texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in prompts]
+        check_agreement(agreement, made.bits, stage.accepted_kl)
+        texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
         runtime = {
             "runtime": made.runtime,
             "load_seconds": exported.load_seconds,
@@ -93,21 +88,6 @@ def prove(
             "tokens_per_s": exported.writing.rate,
         }
     return Proof(errors, agreement, texts, runtime)
-
-
-def _probe(context: Context, stage: Export, vocab_size: int) -> tuple[list[list[int]], str]:
-    """Sequences to compare on, and what they are."""
-    count = max(2, stage.proof_tokens // PROBE_LENGTH)
-    stores = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
-    rows: list[list[int]] = []
-    for tokens in stores:
-        whole = len(tokens) // PROBE_LENGTH
-        spread = np.arange(min(whole, -(-count // len(stores)))) * whole // max(1, min(whole, -(-count // len(stores))))
-        rows += [tokens[at * PROBE_LENGTH : (at + 1) * PROBE_LENGTH].tolist() for at in spread]
-    if len(rows) >= 2:
-        return rows, "held-out"
-    random = np.random.default_rng(context.task.seed)
-    return random.integers(vocab_size, size=(count, PROBE_LENGTH)).tolist(), "random"
 
 
 def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: list[list[int]]) -> Agreement:

@@ -37,7 +37,7 @@ def run(context: Context) -> Result:
     total = model.num_parameters()
     chosen = choose_experts(settings.expert_choice, base, experts_of(config)) if settings.expert_choice else None
     adapted = attach(model, settings, context.task.seed, context.world.rank, chosen)
-    trainable = trainable_parameters(adapted)
+    trainable = trainable_parameters(adapted, settings.parallel.expert_parallel_size)
     job = Job(
         model=adapted,
         settings=settings,

@@ -2,32 +2,35 @@
 
 import math
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from hpc.config import Quantize
 from hpc.data.store import TokenStore
 from hpc.errors import ConfigError
-from hpc.model.build import FEED_FORWARD, load_config, load_model, tensor_group
+from hpc.model.build import FEED_FORWARD, load_config, tensor_group
 from hpc.reuse.stored import StoredModel
 from hpc.reuse.streamed import streamed_model
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
+from hpc.runtimes.hugging_face import Transformers
 from hpc.shrink.allocation import Unit, allocate, with_experts_together
 from hpc.shrink.calibration import Ids, windows
+from hpc.shrink.compressed import check_packed, named_matrices, packed_census, quantized_bits
 from hpc.shrink.library import quantize_apart
+from hpc.shrink.matrices import Named, check_matrices
 from hpc.shrink.passport import Passport, census, covered, passport
-from hpc.shrink.quantize import check, check_matrices, compare, packed_census, quantized_bits
+from hpc.shrink.proof import check_agreement, compare
 from hpc.shrink.request import Request
 from hpc.shrink.sensitivity import measure
-from hpc.stages.common import check_vocabulary, copy_tokenizer_files, experts_of, workspace
+from hpc.stages.common import check_vocabulary, copy_tokenizer_files, experts_of, probe_sequences, workspace
 
-PROBE_LENGTH = 128
-"""Ids of each sequence that source and artifact are compared on."""
+KEPT_BESIDES = ("_scale", "_zero_point", "_shape", "_packed")
+"""Ends of the names of what compressed-tensors keeps of a matrix besides its weights."""
 BITS = (2, 3, 4, 5, 6, 8)
 """What a part may get under a budget. 8 bits have no zero point (hpc/config/stages.py)."""
 FP8_LIKE = 5
@@ -105,19 +108,19 @@ def run(context: Context) -> Result:
         copy_tokenizer_files(source, staging)
 
         context.progress("reading back")
-        model = load_model(source).eval()
-        ids, of_what = _probe(context, config.vocab_size)
-        read = load_model(staging).eval()
-        comparison = compare(model, read, ids)
+        original, read = Transformers(source), Transformers(staging)
+        sequences, of_what = probe_sequences(context, stage.proof_tokens, config.vocab_size)
+        agreement = compare(original, read, sequences)
         packed = packed_census(staging)
         fewest = min(looked.bits.values(), default=stage.bits if stage.format == "int" else FP8_LIKE)
-        check(comparison, packed, matrices, fewest)
-        worst = check_matrices(model, read, fewest)
+        check_packed(packed, matrices)
+        check_agreement(agreement, fewest, stage.accepted_kl)
+        errors = check_matrices(_named(original), _named(read), fewest)
         staging.rename(artifact)
 
     weights_before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     weights_after = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
-    parameters = model.num_parameters()
+    parameters = original.model.num_parameters()
     saw = looked.passport
     metrics = {
         "bits": usual,
@@ -127,15 +130,18 @@ def run(context: Context) -> Result:
         "bytes_before": weights_before,
         "bytes_after": weights_after,
         "artifact_bytes": file_sizes(artifact),
-        "kl": comparison.kl,
-        "max_matrix_error": worst,
-        "top1_agreement": comparison.top1_agreement,
+        "perplexity_ratio": agreement.perplexity_ratio,
+        "kl": agreement.kl,
+        "top1_agreement": agreement.top1_agreement,
+        "bits_per_byte": agreement.bits_per_byte if of_what == "held-out" else None,
+        "max_matrix_error": errors.worst,
+        "worst_matrix": errors.worst_name,
         "calibration_tokens": None if looked.ids is None else looked.ids.size,
         "min_expert_tokens": saw.fewest if saw else None,
         "experts_under_minimum": len(saw.short) if saw else None,
         "quantize_peak_bytes": peak,
     }
-    read_back = f"measured: artifact read back by transformers against its source, {ids.numel()} {of_what} ids"
+    read_back = f"measured: artifact read back by transformers beside its source, {agreement.tokens:,} {of_what} ids"
     provenance = {
         "bits": "derived: from the configuration; of most matrices where there is a budget",
         "bits_per_weight": "derived: weight files / parameters, embedding and head included",
@@ -144,7 +150,10 @@ def run(context: Context) -> Result:
         "bytes_before": "measured: weight files of the source",
         "bytes_after": "measured: weight files of the artifact",
         "artifact_bytes": "measured: all files of the artifact",
+        "perplexity_ratio": read_back,
         "kl": read_back,
+        "bits_per_byte": read_back,
+        "worst_matrix": "measured: the matrix of max_matrix_error",
         "max_matrix_error": "measured: every matrix read back, root mean square relative to its source",
         "top1_agreement": read_back,
         "calibration_tokens": "measured: held-in tokens that were looked at",
@@ -214,14 +223,11 @@ def _check_groups(stage: Quantize, name: str, config: Any) -> None:
             )
 
 
-def _probe(context: Context, vocab_size: int) -> tuple[torch.Tensor, str]:
-    """Ids (B, S) to compare on, and what they are."""
-    rows = [TokenStore(folder / "held_out").tokens for _, folder in context.inputs("tokens")]
-    rows = [row[: 4 * PROBE_LENGTH].reshape(-1, PROBE_LENGTH) for row in rows if len(row) >= 4 * PROBE_LENGTH]
-    if rows:
-        return torch.from_numpy(np.concatenate(rows).astype(np.int64)), "held-out"
-    random = torch.Generator().manual_seed(context.task.seed)
-    return torch.randint(vocab_size, (4, PROBE_LENGTH), generator=random), "random"
+def _named(opened: Transformers) -> Iterator[Named]:
+    """Parameters of a model; what a quantized one keeps besides, such as scales, left out."""
+    for name, tensor in named_matrices(opened.model):
+        if not name.endswith(KEPT_BESIDES):
+            yield name, tensor.detach().float().cpu().numpy()
 
 
 def _matrices(source: Path) -> tuple[dict[str, int], int]:

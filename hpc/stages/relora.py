@@ -46,7 +46,7 @@ def run(context: Context) -> Result:
         restart=end_cycle,
         measure_before=True,
     )
-    trainable = trainable_parameters(adapted)
+    trainable = trainable_parameters(adapted, settings.parallel.expert_parallel_size)
     trained = train(context, job)
     census = write_trained(context, trained, config, folder, base_name)
     shape = {

@@ -90,15 +90,18 @@ def test_utilization_is_model_flops_over_the_peak_of_all_ranks() -> None:
     assert model_flops_utilization(1000.0, 6e9, ranks=4, peak_flops_per_rank=5e12) == pytest.approx(0.3)
 
 
-def test_adapter_parameters_are_those_that_peft_adds(root: Path) -> None:
+@pytest.mark.parametrize("size", [1, 2])
+def test_adapter_parameters_are_those_that_peft_adds_on_however_many_ranks(root: Path, size: int) -> None:
     from hpc.adapt.lora import attach, trainable_parameters
     from hpc.model.build import build_model, model_config
 
-    stage = load_config(root / "configs/quickstart.yaml").stage("lora-modern")
+    parallel = ("ranks_per_node=2", f"expert_parallel_size={size}")
+    settings = [f"stages.lora.train.parallel.{setting}" for setting in parallel]
+    stage = load_config(root / "configs/quickstart.yaml", settings).stage("lora-modern")
     model, router = Model(hidden_size=64, num_layers=2, num_attention_heads=2, expert_size=32), Router(num_experts=4)
     built = build_model(model_config(model, router, 300, 32, 0), seed=0)
     adapted = attach(built, stage.train, seed=0)
-    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)
+    assert trainable_parameters(adapted, size) == count_adapter(model, router, stage.train)
 
 
 @pytest.mark.parametrize("query_rank", [16, None])
@@ -112,7 +115,7 @@ def test_adapters_on_latent_attention_are_counted_matrix_by_matrix(root: Path, q
                   num_dense_layers=1, latent_attention=latent)  # fmt: skip
     router = Router(num_experts=4, num_shared_experts=1)
     adapted = attach(build_model(model_config(model, router, 300, 32, 0), seed=0), stage.train, seed=0)
-    assert trainable_parameters(adapted) == count_adapter(model, router, stage.train)
+    assert trainable_parameters(adapted, 1) == count_adapter(model, router, stage.train)
     parts = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapted.named_parameters() if ".lora_" in name}
     queries = {"q_a_proj", "q_b_proj"} if query_rank else {"q_proj"}
     assert parts == queries | {"kv_a_proj_with_mqa", "kv_b_proj", "o_proj"}

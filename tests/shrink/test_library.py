@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, MixtralConfig, PreTrainedTokenize
 
 from hpc.errors import ArtifactError
 from hpc.model.build import load_model
+from hpc.shrink.compressed import packed_census, quantized_bits
 from hpc.shrink.library import quantize_apart
-from hpc.shrink.quantize import packed_census, quantized_bits
 from hpc.shrink.request import Request
 from hpc.shrink.sensitivity import rounded
 from tests.conftest import ROOT

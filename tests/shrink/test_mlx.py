@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from hpc.errors import ArtifactError, ConfigError, DataError
 from hpc.runtimes.mlx_runner import Mlx
 from hpc.shrink import mlx_export
+from hpc.shrink.compressed import named_matrices
 from hpc.shrink.mlx_convert import Conversion, convert
 from hpc.shrink.mlx_export import MLX_TYPES, export
 from hpc.shrink.mlx_folder import census, matrices
-from hpc.shrink.quantize import _matrices
 from tests.shrink.tiny import KINDS, THETA, ids_of, kl, save, tiny_model
 
 Export = Callable[..., Path]
@@ -47,7 +47,7 @@ def logits(folder: Path) -> torch.Tensor:
 def worst(model: PreTrainedModel, folder: Path) -> float:
     """Largest error of a matrix relative to its size; none of the source's may be missing."""
     held, errors = dict(matrices(folder)), []
-    for name, wanted in _matrices(model):
+    for name, wanted in named_matrices(model):
         errors.append(float((torch.from_numpy(held[name]) - wanted.detach()).norm() / wanted.detach().norm()))
     return max(errors)
 
@@ -56,7 +56,7 @@ def refilled(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The source with the matrices of an exported folder in place of its own: what MLX must compute with."""
     held, other = dict(matrices(folder)), deepcopy(model)
     with torch.no_grad():
-        for name, matrix in _matrices(other):
+        for name, matrix in named_matrices(other):
             matrix.copy_(torch.from_numpy(held[name]))
     return other
 
@@ -149,7 +149,7 @@ def test_one_expert_without_scales_shows_in_its_matrix_and_in_logits(tmp_path: P
     tensors[damaged][5] = mx.zeros_like(tensors[damaged][5])
     mx.eval(tensors)
     mx.save_safetensors(str(path), tensors, metadata={"format": "mlx"})
-    source, held = dict(_matrices(model)), dict(matrices(folder))
+    source, held = dict(named_matrices(model)), dict(matrices(folder))
 
     def error(layer: int, expert: int) -> float:
         name = f"model.layers.{layer}.mlp.experts.{expert}.down_proj.weight"
