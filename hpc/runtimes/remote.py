@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Self, cast
 import numpy as np
 import numpy.typing as npt
 
-from hpc.errors import ArtifactError, ConfigError
+from hpc.errors import ArtifactError
 from hpc.runtimes.artifact import Runtime, locate
 from hpc.runtimes.child import end_with_parent, environment
 from hpc.runtimes.messages import MORE, Opening, Reply, send
@@ -42,8 +42,8 @@ class Clock:
 
 
 class Remote:
-    """A `Runner` in a process of its own, with its clocks. Use it as a context manager. Raises ArtifactError when the
-    runtime refuses the artifact or dies over it, ConfigError when it is not installed or asked for too much."""
+    """A `Runner` in a process of its own, with its clocks. Use it as a context manager. Raises what the
+    runtime's door over there raises, and ArtifactError when the process dies."""
 
     def __init__(self, path: Path, context_length: int, threads: int | None = None) -> None:
         self.runtime: Runtime
@@ -138,9 +138,7 @@ class Remote:
         except (EOFError, pickle.UnpicklingError):
             self._died()
         if reply.error is not None:
-            if isinstance(reply.error, ConfigError):
-                raise reply.error
-            raise ArtifactError(f"{self.runtime} refuses {self.path}: {reply.error}")
+            raise reply.error
         return reply
 
     def _died(self) -> NoReturn:

@@ -118,7 +118,7 @@ def test_what_cannot_become_a_file_is_refused_at_once_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": "gguf-q9"}, "format = 'gguf-q9'"),
+        ({"format": "gguf-q9"}, "stages[3].format: 'gguf-q9': input should be"),
         ({"needs": ["adapter"]}, "'laptop' (export) needs a stage that produces model"),
         ({"group_size": 48}, "group_size"),
         ({"gate": "model.kl <"}, "is not of the form"),
@@ -141,7 +141,7 @@ def test_a_chain_with_an_export_that_cannot_be_is_refused_when_it_is_loaded(
 
 
 def test_chat_says_what_it_cannot_talk_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("adapter_config.json", "mlx/config.json", "begun/task.json", "cut/config.json", "cut.gguf"):
+    for name in ("lora/adapter_config.json", "mlx/config.json", "begun/task.json", "cut/config.json", "cut.gguf"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     save_file({"w": np.zeros(1)}, tmp_path / "mlx/model.safetensors", {"format": "mlx"})
@@ -153,7 +153,7 @@ def test_chat_says_what_it_cannot_talk_to(tmp_path: Path, monkeypatch: pytest.Mo
     for place, code, words in (
         ("nowhere", 3, "is neither a .gguf file nor a folder: name a model folder, or RUN/stages/STAGE"),
         ("begun", 3, "holds no model (no config.json, no .gguf)"),
-        (".", 3, "merge it and name the merged model"),
+        ("lora", 3, "merge it and name the merged model"),
         ("cut.gguf", 4, "llama.cpp does not load"),
         ("mlx", 2, "MLX folders need mlx, which is not installed: pip install"),
     ):

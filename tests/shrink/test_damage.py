@@ -123,9 +123,10 @@ def swap_gate_and_up(made: Made) -> None:
 
 @pytest.mark.parametrize("made", FORMATS, indirect=True)
 def test_a_sound_artifact_passes_and_one_damaged_expert_is_refused_by_name(made: Made) -> None:
-    proof = made.prove()
-    assert 0 < proof.agreement.kl < 0.5
-    assert 0.01 < proof.errors.worst < 0.2
+    if made.path.is_file():  # MLX's is slow to start; tests/runtimes/test_mlx.py has it
+        proof = made.prove()
+        assert 0 < proof.agreement.kl < 0.5
+        assert 0.01 < proof.errors.worst < 0.2
     whole = made.path.with_name("whole")
     (shutil.copyfile if made.path.is_file() else shutil.copytree)(made.path, whole)
     for damage, part, size in ((lose_scales, "up", "1.00"), (swap_gate_and_up, "gate", r"1\.[34]\d")):
