@@ -1,11 +1,16 @@
 """Models for laptops as a user meets them: receipt, page and chat of an exported one, and what can go wrong."""
 
+import os
 import shutil
+import signal
 import sys
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from click.testing import CliRunner
@@ -19,6 +24,7 @@ from hpc.run.task import Context, TaskFile, World
 from hpc.runtimes.artifact import locate
 from hpc.stages import export
 from launch import main
+from tests.chain.test_interruption import family, start
 from tests.chain.test_quickstart import receipt
 from tests.conftest import Launch, quickstart_command
 from tests.data.preparation import MACHINE
@@ -159,3 +165,39 @@ def test_chat_says_what_it_cannot_talk_to(tmp_path: Path, monkeypatch: pytest.Mo
     ):
         found, text = told("chat", tmp_path / place, "--prompt", "Hi")
         assert (found, words in text) == (code, True), text
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_middle_of_an_export_leaves_no_process_and_nothing_half_made(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    stages = [
+        {"name": "model", "kind": "reuse", "init": {"from": str(tiny_model)}},
+        {"name": "laptop", "kind": "export", "needs": ["model"], "format": "gguf-q8_0"},
+    ]
+    config = {"name": "x", "tracking": {"wandb": "disabled"}, "stages": stages}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(config))
+    process = start(tmp_path / "x.yaml")
+    deadline = time.monotonic() + 300
+    while not is_serving(process):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    children = family(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.count("\n") == 1
+    assert psutil.wait_procs(children, timeout=10)[1] == []
+    left = {path.name for path in (tmp_path / "x/stages/laptop").iterdir()}
+    assert not left & {"artifact", "receipt.json"}
+    assert not [name for name in left if name.startswith((".artifact", ".scratch"))]
+
+
+def is_serving(process: Any) -> bool:
+    """Whether a runtime has an artifact open."""
+    for child in family(process):
+        with suppress(psutil.Error):  # gone meanwhile
+            if "hpc.runtimes.serve" in child.cmdline():
+                return True
+    return False

@@ -137,3 +137,22 @@ def test_a_kill_in_the_middle_leaves_nothing_half_made_and_the_same_bits(
         assert files[0] == files[1], stage
         names = [path.name for path in chain.run.stage(stage).root.iterdir()]
         assert not [name for name in names if name.startswith((".artifact", ".scratch", ".quantizing"))], stage
+
+
+def test_cancel_in_the_middle_leaves_no_process_and_nothing_half_made(
+    healthy: Cluster, quiet: Chain, tmp_path: Path, launch: Launch
+) -> None:
+    for stage in ("text", "pretrain"):
+        shutil.copytree(quiet.run.stage(stage).root, tmp_path / "shrink/stages" / stage)
+    chain = submit(tmp_path, CHAIN)
+    children: list[psutil.Process] = []
+    working = {"quantize": "quantizing", "export-mlx-8bit": "loading", "export-gguf-q8_0": "loading"}
+    for stage, words in working.items():
+        children += middle(chain, stage, words).children(recursive=True)
+    assert launch("cancel", chain.run.root).returncode == 0
+    chain.wait_until_idle()
+    assert psutil.wait_procs(children, timeout=60)[1] == []
+    for stage in working:
+        names = {path.name for path in chain.run.stage(stage).root.iterdir()}
+        assert not names & {"artifact", "receipt.json"}, stage
+        assert not [name for name in names if name.startswith((".artifact", ".scratch"))], stage
