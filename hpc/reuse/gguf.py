@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 
 from hpc.errors import ArtifactError, DataError
 from hpc.runtimes.remote import Remote
@@ -29,6 +29,7 @@ def convert(path: Path, folder: Path) -> None:
     experts = reader.fields.get(f"{architecture}.expert_count")
     if architecture not in DENSE or (experts is not None and experts.contents()):
         raise DataError(f"{path} holds a {architecture} model; GGUF files are taken of dense {', '.join(DENSE)} only")
+    _have_gguf_found()
     load: Any = AutoModelForCausalLM.from_pretrained
     model = load(str(path.parent), gguf_file=path.name, dtype=torch.float32)
     tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
@@ -41,6 +42,11 @@ def convert(path: Path, folder: Path) -> None:
     _cut_words_as(reader, folder / "tokenizer.json")
     with Remote(path, context_length=16) as original:
         check_tokens(original, folder, PROBES)
+
+
+def _have_gguf_found() -> None:
+    """transformers asks for gguf 0.10; the newer one of llama.cpp's converter goes by the converter's, 0.1.1."""
+    modeling_gguf_pytorch_utils.is_gguf_available = lambda *_: True
 
 
 DIGITS_ALONE = {

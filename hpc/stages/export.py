@@ -1,5 +1,6 @@
 """A model for laptops, proven by the runtime that will read it. artifact/: one .gguf file, or an MLX folder."""
 
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hpc.model.build import load_model
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.runtimes.remote import Remote
+from hpc.runtimes.serve import peak_memory_bytes
 from hpc.runtimes.tokens import PROBES, check_special, check_tokens
 from hpc.shrink.calibration import windows
 from hpc.shrink.formats import LaptopFormat, laptop_format
@@ -53,10 +55,11 @@ def run(context: Context) -> Result:
             importance = _importance(context, stage, source)
             told(f"writing {stage.format}")
             path = made.write(source, plain, staging, importance)
+            peak = max(peak_memory_bytes(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
             proof = prove(made, stage, original, plain, path, sequences, told)
         staging.rename(artifact)
     census = made.census(next(artifact.glob("*.gguf"), artifact))
-    return _result(stage, artifact, census, converted, proof, of_what)
+    return _result(stage, artifact, census, converted, proof, of_what, peak)
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: lis
 
 
 def _result(
-    stage: Export, artifact: Path, census: dict[str, Any], converted: Agreement, proof: Proof, of_what: str
+    stage: Export, artifact: Path, census: dict[str, Any], converted: Agreement, proof: Proof, of_what: str, peak: int
 ) -> Result:
     errors, agreement, runtime = proof.errors, proof.agreement, proof.runtime
     weights = sum(group["bytes"] for group in census.values())
@@ -141,6 +144,7 @@ def _result(
         "conversion_kl": converted.kl,
         "max_matrix_error": errors.worst,
         "worst_matrix": errors.worst_name,
+        "export_peak_bytes": peak,
         **runtime,
         "texts": [vars(text) for text in proof.texts],
     }
@@ -160,6 +164,8 @@ def _result(
         "max_matrix_error": "measured: every matrix read back, root mean square relative to the unquantized one",
         "worst_matrix": "measured: the matrix of max_matrix_error",
         **dict.fromkeys(runtime, measured),
+        "export_peak_bytes": "measured: most resident memory of the stage's process, or of one that it started and "
+        "that had ended when the artifact was written",
         "texts": "measured: the most likely token each time, source and artifact",
     }
     return Result(metrics, provenance, census, ("torch", "transformers", *PACKAGES[runtime["runtime"]]))

@@ -143,6 +143,39 @@ def bench_wandb(rounds: int, steps: int, as_json: bool, clock: Any) -> None:
         click.echo(json.dumps(told))
 
 
+@bench.command("shrink")
+@click.option("--quick", is_flag=True, help="A mixture trained for 60 steps, in three formats: two minutes.")
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Where the runs stay, to be looked at or gone on with (10 GB); a temporary one by default.",
+)
+@JSON
+def bench_shrink(quick: bool, folder: Path | None, as_json: bool) -> None:
+    """Three models in every format: size, loss, speed, joules, and what making it took. About 25 minutes."""
+    import tempfile
+
+    from hpc.bench.claims.claim import Bench
+    from hpc.bench.shrink import measure
+    from hpc.bench.shrink_show import show
+    from slurm.site import load_site
+
+    with tempfile.TemporaryDirectory() as temporary:
+        tables, load = measure(
+            Bench(
+                machine=lambda name: load_site(name).machine,
+                folder=(folder or Path(temporary)).absolute(),
+                quick=quick,
+                tell=lambda text: click.echo(text, err=True),
+            )
+        )
+    click.echo(show(tables))
+    click.echo(f"{load.told.name}: {load.largest:.1f} ({load.told.provenance})")
+    if as_json:
+        told = {"models": [table.to_json() for table in tables], "load": load.largest}
+        click.echo(json.dumps(told))
+
+
 @bench.command("claims")
 @click.option("--only", multiple=True, metavar="NAME", help="This claim; several times for several. All by default.")
 @click.option("--quick", is_flag=True, help="Cut real runs to two minutes together: how it works, not what is so.")
