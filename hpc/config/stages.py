@@ -369,7 +369,7 @@ class Export(Task):
     requires: ClassVar[tuple[tuple[Artifact, ...], ...]] = (("model",),)
     accepts: ClassVar[tuple[Artifact, ...]] = ("model", "tokens")
 
-    format: GgufFormat | MlxFormat = "gguf-q4_k_m"
+    format: Literal[GgufFormat, MlxFormat] = "gguf-q4_k_m"
     """Runtime and type of the weights, by the names that users of llama.cpp and mlx-lm know. Several: a `matrix`."""
 
     group_size: Literal[32, 64, 128] = 64

@@ -46,7 +46,8 @@ def convert(path: Path, folder: Path) -> None:
 
 def _have_gguf_found() -> None:
     """transformers asks for gguf 0.10; the newer one of llama.cpp's converter goes by the converter's, 0.1.1."""
-    vars(modeling_gguf_pytorch_utils)["is_gguf_available"] = lambda *_: True
+    asked: Any = modeling_gguf_pytorch_utils
+    asked.is_gguf_available = lambda *_: True
 
 
 DIGITS_ALONE = {

@@ -36,6 +36,9 @@ def _is_mlx(folder: Path) -> bool:
     for file in sorted(folder.glob("*.safetensors"))[:1]:
         with file.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            header: dict[str, Any] = json.loads(stream.read(size)) if size < 100_000_000 else {}
+            try:
+                header: dict[str, Any] = json.loads(stream.read(size)) if size < 100_000_000 else {}
+            except ValueError:  # damaged: its runtime will say how
+                return False
         return bool(header.get("__metadata__", {}).get("format") == "mlx")
     return False

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from hpc.errors import GreenMoEError
 from hpc.runtimes.artifact import Runtime
 
 MORE = "more"
@@ -29,7 +30,7 @@ class Reply:
     seconds: float = 0.0
     """What the runtime took, without the way to the caller."""
     is_last: bool = True
-    error: str | None = None
+    error: GreenMoEError | None = None
 
 
 def send(stream: BinaryIO, message: object) -> None:

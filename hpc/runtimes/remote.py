@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from hpc.errors import ArtifactError
 from hpc.runtimes.artifact import Runtime, locate
+from hpc.runtimes.child import end_with_parent, environment
 from hpc.runtimes.messages import MORE, Opening, Reply, send
 from hpc.runtimes.runner import Sampling
 
@@ -41,8 +42,8 @@ class Clock:
 
 
 class Remote:
-    """A `Runner` in a process of its own, with its clocks. Use it as a context manager. Raises ArtifactError when the
-    runtime refuses the artifact or dies over it."""
+    """A `Runner` in a process of its own, with its clocks. Use it as a context manager. Raises what the
+    runtime's door over there raises, and ArtifactError when the process dies."""
 
     def __init__(self, path: Path, context_length: int, threads: int | None = None) -> None:
         self.runtime: Runtime
@@ -53,7 +54,7 @@ class Remote:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "hpc.runtimes.serve"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *_python_path()])},
+            env=environment(), preexec_fn=end_with_parent,
         )  # fmt: skip
         try:
             self._send(Opening(self.runtime, self.path.absolute(), context_length, threads or own_cores()))
@@ -137,7 +138,7 @@ class Remote:
         except (EOFError, pickle.UnpicklingError):
             self._died()
         if reply.error is not None:
-            raise ArtifactError(f"{self.runtime} refuses {self.path}: {reply.error}")
+            raise reply.error
         return reply
 
     def _died(self) -> NoReturn:
@@ -152,7 +153,3 @@ class Remote:
 def own_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _python_path() -> list[str]:
-    return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from hpc.errors import GreenMoEError
+from hpc.errors import ConfigError, GreenMoEError
 from hpc.runtimes.messages import MORE, Opening, Reply, send
 from hpc.runtimes.runner import Runner
 
@@ -79,8 +79,10 @@ def main() -> None:
             answer(runner, name, arguments, requests, replies)
     except EOFError:
         return
-    except (GreenMoEError, ImportError) as error:
-        send(replies, Reply(error=str(error)))
+    except GreenMoEError as error:
+        send(replies, Reply(error=error))
+    except ImportError as error:
+        send(replies, Reply(error=ConfigError(f"{error}: install the runtime that this artifact is for")))
 
 
 if __name__ == "__main__":

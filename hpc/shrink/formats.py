@@ -30,8 +30,8 @@ class LaptopFormat(Protocol):
         ...
 
     def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
-        """Write the artifact into `folder`; returns what the runtime opens. importance: of the columns of matrices, by
-        tensors of a .gguf file (hpc.shrink.importance); may be empty, and MLX has no use for it."""
+        """Write the artifact into `folder`, working beside `plain`; returns what the runtime opens. importance: of the
+        columns of matrices, by tensors of a .gguf file (hpc.shrink.importance); may be empty, MLX has no use for it."""
         ...
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -111,7 +111,7 @@ class Mlx:
     def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
         """As in LaptopFormat."""
         folder.rmdir()
-        mlx_export.export(source, folder, self._kind, folder.with_name(".quantizing"), group_size=self._group_size)
+        mlx_export.export(source, folder, self._kind, plain.with_name("quantizing"), group_size=self._group_size)
         return folder
 
     def matrices(self, path: Path) -> Iterator[Named]:

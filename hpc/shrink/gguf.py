@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import hpc
 from hpc.errors import ArtifactError, ConfigError, StorageError
 from hpc.model.build import FEED_FORWARD, load_config
+from hpc.runtimes.child import end_with_parent, environment
 from hpc.shrink.gguf_mix import BLOCKS, FILE_TYPES, is_quantizable
 
 GGUF_TYPES = {name: number for name, (_, number) in FILE_TYPES.items()}
@@ -107,11 +107,10 @@ def quantize(
 
 
 def _run(what: str, module: str, *arguments: object) -> None:
-    """A module as a program. Raises ArtifactError with the last line it wrote."""
-    paths = [str(Path(hpc.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    """A module as a program that ends with this one. Raises ArtifactError with the last line it wrote."""
     result = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, env=environment(), preexec_fn=end_with_parent,
     )  # fmt: skip
     if result.returncode == 0:
         return

@@ -1,11 +1,9 @@
 """The process in which a library quantizes: started, listened to, ended with us; what it leaves is whole or nothing."""
 
-import ctypes
 import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +11,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hpc.errors import ArtifactError
+from hpc.runtimes.child import end_with_parent, environment
 from hpc.shrink.request import Request
 
 STEP = re.compile(rb"(\d+)/(\d+) \[")
 """How tqdm counts layers."""
 KEPT_LINES = 200
 """Lines of the library's output of which the last is told when it fails."""
-LIBC = ctypes.CDLL(None)
 
 
 def quantize_apart(request: Request, progress: Callable[[float, float], None]) -> int:
@@ -34,10 +32,9 @@ def quantize_apart(request: Request, progress: Callable[[float, float], None]) -
     scratch.mkdir(parents=True)
     asked = scratch / "request.json"
     asked.write_text(json.dumps(asdict(request)), encoding="utf-8")
-    places = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.Popen(
         [sys.executable, "-m", "hpc.shrink.auto_round", str(asked)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places)}, preexec_fn=_end_with_parent,
+        env=environment(), preexec_fn=end_with_parent,
     )  # fmt: skip
     assert process.stdout is not None
     assert process.stderr is not None
@@ -70,9 +67,3 @@ def _listen(source: int, progress: Callable[[float, float], None]) -> list[str]:
                 told = step
                 progress(*map(float, step))
     return [*lines, rest.decode(errors="replace").strip()] if rest.strip() else lines
-
-
-def _end_with_parent() -> None:
-    """Have the kernel end this process with the thread that started it, however that ends (prctl(2))."""
-    if sys.platform == "linux":
-        LIBC.prctl(1, signal.SIGKILL)

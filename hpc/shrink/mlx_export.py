@@ -16,6 +16,7 @@ from typing import Any
 from hpc.data.tokenizer import FILES
 from hpc.errors import ArtifactError, ConfigError, DataError
 from hpc.model.build import load_config
+from hpc.runtimes.child import end_with_parent, environment
 from hpc.runtimes.mlx_runner import require
 from hpc.shrink.mlx_convert import GROUP_SIZES, Conversion
 from hpc.shrink.mlx_folder import census
@@ -171,7 +172,9 @@ def _check_groups(config: dict[str, Any], group_size: int) -> None:
 
 def _in_fresh_process(wanted: Conversion, quantization: str) -> None:
     command = [sys.executable, "-m", "hpc.shrink.mlx_convert"]
-    ended = subprocess.run(command, input=wanted.text(), capture_output=True, text=True)
+    ended = subprocess.run(
+        command, input=wanted.text(), capture_output=True, text=True, env=environment(), preexec_fn=end_with_parent
+    )
     if ended.returncode:
         word = (ended.stderr.strip().splitlines() or ["no word"])[-1]
         kind, _, reason = word.partition(": ")

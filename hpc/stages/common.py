@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +81,24 @@ def check_vocabulary(context: Context, name: str, config: Any) -> None:
                 f"{text!r} was tokenized with {entries:,} entries, {name!r} has embeddings for {config.vocab_size:,}, "
                 f"{entries - config.vocab_size:,} fewer: let {text!r} need the stage that makes the model"
             )
+
+
+@contextmanager
+def workspace(context: Context) -> Iterator[tuple[Path, Path]]:
+    """`.artifact`, a name for what will become the artifact, and `.scratch`, for what is thrown away; other names that
+    begin so may be used too. Nothing is there at first, even after a killed attempt, and nothing stays but what was
+    renamed to the artifact, however the stage ends."""
+    staging, scratch = (context.directory.artifact.with_name(name) for name in (".artifact", ".scratch"))
+
+    def clear() -> None:
+        for place in (path for kind in (staging, scratch) for path in kind.parent.glob(f"{kind.name}*")):
+            shutil.rmtree(place) if place.is_dir() else place.unlink()
+
+    clear()
+    try:
+        yield staging, scratch
+    finally:
+        clear()
 
 
 PROBE_LENGTH = 128

@@ -40,7 +40,7 @@ def run(context: Context) -> Result:
     for name, folder in context.inputs("model", "quantized", "exported"):
         context.check_budget()
         context.progress(f"loading {name}")
-        longest = stage.seq_len or _context_length(folder)
+        longest = stage.seq_len or _context_length(context, name, folder)
         runtime, _ = locate(folder)
         with _opened(folder, longest) as model:
             table[name] = {
@@ -82,9 +82,15 @@ def run(context: Context) -> Result:
     )
 
 
-def _context_length(folder: Path) -> int:
-    config = folder / "config.json"
-    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+def _context_length(context: Context, name: str, folder: Path) -> int:
+    """Of a model, from its configuration; a .gguf file has that of the model it was made from."""
+    if not (folder / "config.json").is_file():
+        made_by = next(stage for stage in context.task.stages if stage.name == name)
+        source = next(
+            stage for stage in context.task.stages if stage.name in made_by.needs and stage.produces == "model"
+        )
+        folder = context.input_directory(source.name).artifact
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return min(LONGEST, content.get("max_position_embeddings") or LONGEST)
 
 

@@ -1,7 +1,8 @@
 """A model for laptops, proven by the runtime that will read it. artifact/: one .gguf file, or an MLX folder."""
 
 import resource
-import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hpc.shrink.formats import LaptopFormat, laptop_format
 from hpc.shrink.importance import collect
 from hpc.shrink.matrices import MatrixErrors, check_matrices
 from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
-from hpc.stages.common import PROBE_LENGTH, probe_sequences
+from hpc.stages.common import PROBE_LENGTH, probe_sequences, workspace
 
 NEW_TOKENS = 32
 """Of each prompt's continuation."""
@@ -36,46 +37,69 @@ def run(context: Context) -> Result:
     name, source = context.inputs("model")[0]
     made = laptop_format(stage.format, stage.group_size)
     artifact = context.directory.artifact
-    staging, scratch = artifact.with_name(".artifact"), artifact.with_name(".scratch")
-    for folder in (staging, scratch):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
-    try:
-        context.progress(f"converting {name}")
+
+    def told(words: str) -> None:
+        context.check_budget()
+        context.progress(words)
+
+    with workspace(context) as (staging, scratch):
+        staging.mkdir()
+        scratch.mkdir()
+        told(f"converting {name}")
         plain = made.convert(source, scratch)
-        context.progress(f"loading {name}")
+        told(f"loading {name}")
         with Remote(source, PROBE_LENGTH + NEW_TOKENS) as original:
             sequences, of_what = probe_sequences(context, stage.proof_tokens, original.vocab_size)
-            context.progress(f"comparing the conversion with {name}")
+            told(f"comparing the conversion with {name}")
             converted = _converted(original, plain, made, sequences[:2])
-            context.progress(f"writing {stage.format}")
-            path = made.write(source, plain, staging, _importance(context, stage, source))
+            importance = _importance(context, stage, source)
+            told(f"writing {stage.format}")
+            path = made.write(source, plain, staging, importance)
             peak = max(peak_memory_bytes(), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
-            context.check_budget()
-            context.progress("comparing every matrix")
-            errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
-            context.progress(f"comparing {stage.format} with {name}")
-            with Remote(path, PROBE_LENGTH + NEW_TOKENS) as exported:
-                check_tokens(exported, source, [*PROBES, original.decode(sequences[0])])
-                check_special(exported, source)
-                agreement = compare(original, exported, sequences)
-                check_agreement(agreement, made.bits, stage.accepted_kl)
-                texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
-                figures = {
-                    "export_peak_bytes": peak,
-                    "load_seconds": exported.load_seconds,
-                    "memory_bytes": exported.memory_bytes(),
-                    "peak_memory_bytes": exported.peak_memory_bytes(),
-                    "prompt_tokens_per_s": exported.reading.rate,
-                    "tokens_per_s": exported.writing.rate,
-                }
+            proof = prove(made, stage, original, plain, path, sequences, told)
         staging.rename(artifact)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
     census = made.census(next(artifact.glob("*.gguf"), artifact))
-    return _result(
-        stage, artifact, census, converted, errors, agreement, of_what, texts, {"runtime": made.runtime, **figures}
-    )
+    return _result(stage, artifact, census, converted, proof, of_what, peak)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """An artifact that is its source: how near, by its own runtime."""
+
+    errors: MatrixErrors
+    agreement: Agreement
+    texts: list[Continued]
+    runtime: dict[str, Any]
+    """Figures of the runtime's process, for the receipt."""
+
+
+def prove(
+    made: LaptopFormat, stage: Export, original: Remote, plain: Path, path: Path, sequences: list[list[int]],
+    told: Callable[[str], None],
+) -> Proof:  # fmt: skip
+    """Compare the artifact `path` with its source, opened as `original`, and with `plain`, the same unquantized.
+
+    sequences: ids to compare on. told: hears what is being done. Raises ArtifactError when the artifact is another
+    model: a matrix, the tokenizer, or what its runtime computes.
+    """
+    told("comparing every matrix")
+    errors = check_matrices(made.matrices(plain), made.matrices(path), made.bits)
+    told(f"comparing what {made.runtime} computes")
+    with Remote(path, PROBE_LENGTH + NEW_TOKENS) as exported:
+        check_tokens(exported, original.path, [*PROBES, original.decode(sequences[0])])
+        check_special(exported, original.path)
+        agreement = compare(original, exported, sequences)
+        check_agreement(agreement, made.bits, stage.accepted_kl)
+        texts = [continue_both(original, exported, prompt, NEW_TOKENS) for prompt in stage.prompts]
+        runtime = {
+            "runtime": made.runtime,
+            "load_seconds": exported.load_seconds,
+            "memory_bytes": exported.memory_bytes(),
+            "peak_memory_bytes": exported.peak_memory_bytes(),
+            "prompt_tokens_per_s": exported.reading.rate,
+            "tokens_per_s": exported.writing.rate,
+        }
+    return Proof(errors, agreement, texts, runtime)
 
 
 def _importance(context: Context, stage: Export, source: Path) -> dict[str, Any]:
@@ -102,9 +126,9 @@ def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: lis
 
 
 def _result(
-    stage: Export, artifact: Path, census: dict[str, Any], converted: Agreement, errors: MatrixErrors,
-    agreement: Agreement, of_what: str, texts: list[Continued], runtime: dict[str, Any],
-) -> Result:  # fmt: skip
+    stage: Export, artifact: Path, census: dict[str, Any], converted: Agreement, proof: Proof, of_what: str, peak: int
+) -> Result:
+    errors, agreement, runtime = proof.errors, proof.agreement, proof.runtime
     weights = sum(group["bytes"] for group in census.values())
     parameters = sum(group["parameters"] for group in census.values())
     experts = census.get("experts")
@@ -120,8 +144,9 @@ def _result(
         "conversion_kl": converted.kl,
         "max_matrix_error": errors.worst,
         "worst_matrix": errors.worst_name,
+        "export_peak_bytes": peak,
         **runtime,
-        "texts": [vars(text) for text in texts],
+        "texts": [vars(text) for text in proof.texts],
     }
     seen = f"measured: artifact in {runtime['runtime']} beside its source in transformers, a fresh process each, "
     seen += f"{agreement.tokens:,} {of_what} ids"

@@ -27,7 +27,7 @@ from hpc.shrink.passport import Passport, census, covered, passport
 from hpc.shrink.proof import check_agreement, compare
 from hpc.shrink.request import Request
 from hpc.shrink.sensitivity import measure
-from hpc.stages.common import check_vocabulary, copy_tokenizer_files, experts_of, probe_sequences
+from hpc.stages.common import check_vocabulary, copy_tokenizer_files, experts_of, probe_sequences, workspace
 
 KEPT_BESIDES = ("_scale", "_zero_point", "_shape", "_packed")
 """Ends of the names of what compressed-tensors keeps of a matrix besides its weights."""
@@ -49,6 +49,14 @@ class Looked:
     """Errors of all parts, where there is a budget."""
     bits: dict[str, int] = field(default_factory=dict)
     """Bits of the parts, where there is a budget."""
+
+    @property
+    def usual_bits(self) -> int | None:
+        """What most weights get, where there is a budget."""
+        weights: Counter[int] = Counter()
+        for name, bits in self.bits.items():
+            weights[bits] += self.units[name].parameters
+        return weights.most_common(1)[0][0] if weights else None
 
     def bits_of(self, usual: int) -> dict[str, int]:
         """Matrices that get other bits than the usual."""
@@ -84,40 +92,39 @@ def run(context: Context) -> Result:
     check_vocabulary(context, name, config)
     matrices, expert_parameters = _matrices(source)
     looked = _look(context, stage, source, config) if stage.looks_at_text else Looked()
-    usual = Counter(looked.bits.values()).most_common(1)[0][0] if looked.bits else stage.bits
+    usual = looked.usual_bits or stage.bits
 
     artifact = context.directory.artifact
-    staging, scratch = artifact.with_name(".artifact"), artifact.with_name(".scratch")
     words = f"quantizing to {'about ' if looked.bits else ''}{usual} bits"
     context.progress(words)
-    ids_file = artifact.with_name(".calibration.npy")
-    if stage.method != "rtn" and looked.ids is not None:
-        np.save(ids_file, looked.ids)
-    request = Request(
-        source=str(source), target=str(staging), scratch=str(scratch), format=stage.format, bits=usual,
-        group_size=stage.group_size, symmetric=stage.symmetric,
-        ids=str(ids_file) if stage.method != "rtn" else None, iterations=stage.calibration.iterations,
-        batch_size=stage.calibration.batch_size, bits_of=looked.bits_of(usual), nearest=looked.nearest,
-    )  # fmt: skip
 
     def told(done: float, total: float) -> None:
         context.check_budget()
         context.progress(words, done=done, total=total)
 
-    peak = quantize_apart(request, told)
-    ids_file.unlink(missing_ok=True)
-    copy_tokenizer_files(source, staging)
+    with workspace(context) as (staging, scratch):
+        ids_file = scratch.with_name(".scratch.npy")
+        if stage.method != "rtn" and looked.ids is not None:
+            np.save(ids_file, looked.ids)
+        request = Request(
+            source=str(source), target=str(staging), scratch=str(scratch), format=stage.format, bits=usual,
+            group_size=stage.group_size, symmetric=stage.symmetric,
+            ids=str(ids_file) if stage.method != "rtn" else None, iterations=stage.calibration.iterations,
+            batch_size=stage.calibration.batch_size, bits_of=looked.bits_of(usual), nearest=looked.nearest,
+        )  # fmt: skip
+        peak = quantize_apart(request, told)
+        copy_tokenizer_files(source, staging)
 
-    context.progress("reading back")
-    original, read = Transformers(source), Transformers(staging)
-    sequences, of_what = probe_sequences(context, stage.proof_tokens, config.vocab_size)
-    agreement = compare(original, read, sequences)
-    packed = packed_census(staging)
-    fewest = min(looked.bits.values(), default=stage.bits if stage.format == "int" else FP8_LIKE)
-    check_packed(packed, matrices)
-    check_agreement(agreement, fewest, stage.accepted_kl)
-    errors = check_matrices(_named(original), _named(read), fewest)
-    staging.rename(artifact)
+        context.progress("reading back")
+        original, read = Transformers(source), Transformers(staging)
+        sequences, of_what = probe_sequences(context, stage.proof_tokens, config.vocab_size)
+        agreement = compare(original, read, sequences)
+        packed = packed_census(staging)
+        fewest = min(looked.bits.values(), default=stage.bits if stage.format == "int" else FP8_LIKE)
+        check_packed(packed, matrices)
+        check_agreement(agreement, fewest, stage.accepted_kl)
+        errors = check_matrices(_named(original), _named(read), fewest)
+        staging.rename(artifact)
 
     weights_before = sum(path.stat().st_size for path in source.glob("*.safetensors"))
     weights_after = sum(path.stat().st_size for path in artifact.glob("*.safetensors"))
@@ -144,7 +151,7 @@ def run(context: Context) -> Result:
     }
     read_back = f"measured: artifact read back by transformers beside its source, {agreement.tokens:,} {of_what} ids"
     provenance = {
-        "bits": "derived: from the configuration; of most matrices where there is a budget",
+        "bits": "derived: from the configuration; of most weights where there is a budget",
         "bits_per_weight": "derived: weight files / parameters, embedding and head included",
         "matrix_bits_per_weight": "derived: bytes of quantized matrices with scales and zero points / their weights",
         "expert_bits_per_weight": "derived: bytes of expert tensors / expert parameters",

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from hpc.shrink.gguf_convert import convert
-from tests.shrink import tiny
+from tests.shrink import wide
 
 Converted = Callable[[str], tuple[Any, Path, Path]]
 
@@ -20,12 +20,12 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Converted:
     """
     pytest.importorskip("xllamacpp")
     root = tmp_path_factory.mktemp("gguf")
-    tokenizer = tiny.tokenizer_in(root / "tokenizer")
+    tokenizer = wide.tokenizer_in(root / "tokenizer")
     made: dict[str, tuple[Any, Path, Path]] = {}
 
     def get(kind: str) -> tuple[Any, Path, Path]:
         if kind not in made:
-            model = tiny.save(kind, root / kind, tokenizer)
+            model = wide.save(kind, root / kind, tokenizer)
             convert(root / kind, root / f"{kind}.gguf", "f32")
             made[kind] = model, root / kind, root / f"{kind}.gguf"
         return made[kind]

@@ -162,14 +162,16 @@ def submit(folder: Path, text: str, *more: str) -> Chain:
 
 
 def rank_process(rank: int, job: str) -> psutil.Process:
-    """The process of a rank, whichever node it is on."""
+    """The process of a rank, whichever node it is on. job: of an array, ARRAY_TASK."""
+    array, _, task = job.partition("_")
+    wanted = {"SLURM_ARRAY_JOB_ID": array, "SLURM_ARRAY_TASK_ID": task} if task else {"SLURM_JOB_ID": job}
+    wanted["SLURM_PROCID"] = str(rank)
     for process in psutil.process_iter():
         try:
             environment = process.environ()
             words = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        is_rank = environment.get("SLURM_PROCID") == str(rank) and environment.get("SLURM_JOB_ID") == job
-        if is_rank and "submitit.core._submit" in words and "srun" not in words:
+        if wanted.items() <= environment.items() and "submitit.core._submit" in words and "srun" not in words:
             return process
     raise LookupError(f"no process of rank {rank} of job {job}")

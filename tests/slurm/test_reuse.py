@@ -6,14 +6,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 
 from slurm.devcluster.cluster import Cluster
 from slurm.status import chain_status
 from tests.conftest import ROOT
-from tests.slurm.conftest import Chain, slurm, submit
+from tests.slurm.conftest import Chain, rank_process, slurm, submit
 
 pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
@@ -48,17 +47,7 @@ def kill(chain: Chain, stage: str) -> None:
     if stage not in LORA:
         slurm("scontrol", "requeue", job)
         return
-    array, _, task = job.partition("_")
-    for process in psutil.process_iter():
-        try:
-            environment, words = process.environ(), " ".join(process.cmdline())
-        except psutil.Error:
-            continue
-        ours = (environment.get("SLURM_ARRAY_JOB_ID"), environment.get("SLURM_ARRAY_TASK_ID")) == (array, task)
-        if ours and environment.get("SLURM_PROCID") == "1" and "submitit.core._submit" in words and "srun" not in words:
-            process.kill()
-            return
-    raise LookupError(f"no rank 1 of {job}")
+    rank_process(1, job).kill()
 
 
 def result(chain: Chain, stage: str) -> tuple[dict[str, str], dict[str, Any]]:
