@@ -48,7 +48,9 @@ DOORS = {
 MAY_IMPORT = {
     "hpc.errors": set(),
     "hpc.config": {"hpc.errors"},
-    "hpc.plan": {"hpc.config", "hpc.energy.footprint", "hpc.errors", "hpc.reuse.fetch", "hpc.reuse.shape"},
+    "hpc.plan": {
+        "hpc.config", "hpc.energy.footprint", "hpc.errors", "hpc.reuse.fetch", "hpc.reuse.shape", "hpc.shrink.gguf_mix",
+    },
     "hpc.run": {"hpc.config", "hpc.errors"},
     "hpc.energy": {"hpc.config", "hpc.errors", "hpc.run"},
     "hpc.data": {"hpc.config", "hpc.errors"},

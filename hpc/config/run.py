@@ -10,7 +10,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 from hpc.config.base import Frozen
 from hpc.config.gate import Gate
 from hpc.config.near import nearest
-from hpc.config.stages import Artifact, Finetune, Lora, Pretrain, Quantize, Relora, Stage
+from hpc.config.stages import Artifact, Export, Finetune, Lora, Pretrain, Quantize, Relora, Stage
 
 
 class Tracking(Frozen):
@@ -104,10 +104,13 @@ class RunConfig(Frozen):
             if isinstance(stage, (Pretrain, Finetune, Relora, Lora)):
                 texts = [need.name for need in self.needed(stage, ["tokens"])]
                 _check_mixture(f"stages[{index}] {stage.name!r}", stage.train.mixture, texts)
-            if isinstance(stage, Quantize) and stage.looks_at_text and not self.needed(stage, ["tokens"]):
+            if isinstance(stage, (Quantize, Export)) and stage.looks_at_text and not self.needed(stage, ["tokens"]):
+                which = "importance_tokens looks"
+                if isinstance(stage, Quantize):
+                    which = "method = auto_round, bits_per_weight and min_expert_tokens look"
                 raise ValueError(
-                    f"stages[{index}] {stage.name!r}: method = auto_round, bits_per_weight and min_expert_tokens look "
-                    "at text, and needs names no stage that produces tokens: add one, or drop these settings"
+                    f"stages[{index}] {stage.name!r}: {which} at text, and needs names no stage that produces tokens: "
+                    "add one, or drop these settings"
                 )
         return self
 

@@ -382,8 +382,17 @@ class Export(Task):
     """Largest KL divergence from the source, nats per token, with which the artifact is not refused. By default what
     sound models stay below: 0.005 at 8 bits, 0.05 at 4, 2 at 2. What quality is wanted is for a `gate` to say."""
 
+    importance_tokens: int = Field(default=0, ge=0)
+    """Held-in tokens of the texts in `needs` on which it is measured how much each column of a matrix counts, expert by
+    expert (llama.cpp's importance matrix); rounding to a GGUF type then spares those that count. 0 rounds without."""
+
     prompts: list[str] = ["The people of the United States"]
     """Beginnings that source and artifact continue greedily, side by side in the receipt."""
+
+    @property
+    def looks_at_text(self) -> bool:
+        """Whether the result depends on text."""
+        return self.importance_tokens > 0
 
 
 class Evaluate(Task):

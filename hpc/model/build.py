@@ -46,7 +46,7 @@ def model_config(model: Model, router: Router, vocab_size: int, seq_len: int, en
         "pad_token_id": None,
     }
     if model.architecture == "olmoe":
-        return OlmoeConfig(**common, num_experts=router.num_experts)
+        return OlmoeConfig(**{**common, "norm_topk_prob": False}, num_experts=router.num_experts)  # as OLMoE-1B-7B
     if model.architecture == "mixtral":
         return MixtralConfig(**common, num_local_experts=router.num_experts, sliding_window=None)
     if model.architecture == "deepseek_v3":

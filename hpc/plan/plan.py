@@ -33,7 +33,7 @@ from hpc.plan.memory import Memory, checkpoint_bytes, training_memory
 from hpc.plan.params import count_adapter
 from hpc.plan.process import PROCESS_BYTES
 from hpc.plan.quantity import GIB, Quantity, unknown
-from hpc.plan.quantizing import quantize_memory
+from hpc.plan.quantizing import quantize_memory, signround_flops
 from hpc.plan.reused import catalogue_note
 from hpc.plan.step_time import StepTime
 from hpc.plan.work import Work, text_bytes, work
@@ -293,7 +293,7 @@ def _seconds(
         return Quantity(seconds, "s", f"estimated: steps, held-out text and start; {basis}")
     seconds = start + todo.flops.value / flops_per_s
     if isinstance(stage, Quantize) and facts:
-        seconds += facts.parameters.total / QUANTIZE_PARAMETERS_PER_S
+        seconds += facts.parameters.total / QUANTIZE_PARAMETERS_PER_S + signround_flops(facts, stage) / flops_per_s
     return Quantity(seconds, "s", f"estimated: FLOPs and start; {basis}")
 
 

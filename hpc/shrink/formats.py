@@ -1,12 +1,17 @@
 """The formats of the `export` stage behind one face: convert, quantize, read back, count."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
 
 from hpc.model.build import load_config
 from hpc.shrink import gguf, gguf_file, mlx_export, mlx_folder
 from hpc.shrink.matrices import Named
+
+Importance = Mapping[str, npt.NDArray[np.float32]]
 
 
 class LaptopFormat(Protocol):
@@ -24,8 +29,9 @@ class LaptopFormat(Protocol):
         that the runtime does not have."""
         ...
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
-        """Write the artifact into `folder`, working beside `plain`; returns what the runtime opens."""
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
+        """Write the artifact into `folder`, working beside `plain`; returns what the runtime opens. importance: of the
+        columns of matrices, by tensors of a .gguf file (hpc.shrink.importance); may be empty, MLX has no use for it."""
         ...
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -47,22 +53,26 @@ class Gguf:
     """A file that llama.cpp reads."""
 
     runtime = "llama.cpp"
-    accepted_conversion_kl = 1e-4
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self.bits = BITS[kind]
+        self.accepted_conversion_kl = 1e-5
 
     def convert(self, source: Path, scratch: Path) -> Path:
         """As in LaptopFormat."""
+        self.accepted_conversion_kl = conversion_kl(source)
         plain = scratch / "plain.gguf"
-        gguf.export(source, plain, "f16", scratch / "converting")
+        gguf.convert(source, plain)
         return plain
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
         """As in LaptopFormat."""
         path = folder / f"model-{self._kind}.gguf"
-        gguf.export(source, path, self._kind, plain.with_name("quantizing"))
+        if self._kind == "f16":
+            gguf.convert(source, path, "f16")
+        else:
+            gguf.quantize(plain, path, self._kind, plain.parent, importance=importance)
         return path
 
     def matrices(self, path: Path) -> Iterator[Named]:
@@ -72,6 +82,12 @@ class Gguf:
     def census(self, path: Path) -> dict[str, Any]:
         """As in LaptopFormat."""
         return gguf.census(next(path.glob("*.gguf")) if path.is_dir() else path)
+
+
+def conversion_kl(source: Path) -> float:
+    """Largest accepted divergence of an unquantized file: runtimes compute in fp32 what is kept in it; what is kept in
+    bf16 some round on the way."""
+    return 1e-3 if "bfloat16" in str(load_config(source).dtype) else 1e-5
 
 
 class Mlx:
@@ -87,12 +103,12 @@ class Mlx:
     def convert(self, source: Path, scratch: Path) -> Path:
         """As in LaptopFormat: in the precision that the source is kept in."""
         kind = "bf16" if "bfloat16" in str(load_config(source).dtype) else "f32"
-        self.accepted_conversion_kl = 1e-3 if kind == "bf16" else 1e-5
+        self.accepted_conversion_kl = conversion_kl(source)
         plain = scratch / "plain"
         mlx_export.export(source, plain, kind, scratch / "converting")
         return plain
 
-    def write(self, source: Path, plain: Path, folder: Path) -> Path:
+    def write(self, source: Path, plain: Path, folder: Path, importance: Importance) -> Path:
         """As in LaptopFormat."""
         folder.rmdir()
         mlx_export.export(source, folder, self._kind, plain.with_name("quantizing"), group_size=self._group_size)

@@ -1,12 +1,11 @@
 """Our models as .gguf files, for llama.cpp and what is built on it.
 
-llama.cpp's converter, its quantizer and a first loading run in processes of their own: they change global state of
-libraries, and an assertion in C++ ends the process it happens in. Here it becomes one line.
+llama.cpp's converter and ggml's quantizer run in processes of their own: they change global state of libraries, and an
+assertion in C++ ends the process it happens in. Here it becomes one line.
 """
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -66,52 +65,42 @@ def refusal(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-def export(
-    source: Path, out: Path, quantization: str, scratch: Path, *, overrides: Mapping[str, str] | None = None,
-    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
-) -> None:  # fmt: skip
-    """Write the transformers folder `source` as the .gguf file `out`, tokenizer and chat template included.
+def convert(source: Path, out: Path, width: str | None = None) -> None:
+    """Write the transformers folder `source` unquantized as the .gguf file `out`, tokenizer and chat template included.
 
-    quantization: a name in GGUF_TYPES. scratch: a folder for the model in 16 or 32 bits, emptied before and removed
-    after. overrides: regular expression over tensor names -> ggml type, which replaces that of the mix. importance: see
-    hpc.shrink.importance. `out` appears once llama.cpp has loaded it and its tokenizer does what the original does.
-    Raises ConfigError for a model that llama.cpp cannot run, ArtifactError when a step fails, StorageError when the
-    disk is full.
+    width: f32, f16 or bf16; by default that of the folder's own weights, f32 or bf16. Raises ConfigError for a model
+    that llama.cpp cannot run, ArtifactError when the converter fails, StorageError when the disk is full.
     """
     config = load_config(source).to_dict()
     reason = refusal(config)
     if reason:
         raise ConfigError(f"{source.name} cannot become a .gguf file: {reason}")
+    _run(
+        "llama.cpp's converter", "hpc.shrink.gguf_convert", source, out,
+        width or ("bf16" if "bfloat16" in str(config.get("dtype")) else "f32"),
+    )  # fmt: skip
+
+
+def quantize(
+    plain: Path, out: Path, quantization: str, scratch: Path, *, overrides: Mapping[str, str] | None = None,
+    importance: Mapping[str, npt.NDArray[np.float32]] | None = None,
+) -> None:  # fmt: skip
+    """Quantize an unquantized .gguf file into `out`.
+
+    quantization: a name in GGUF_TYPES. scratch: a folder for notes. overrides: regular expression over tensor names ->
+    ggml type, which replaces that of the mix. importance: see hpc.shrink.importance. Raises ConfigError for a type that
+    is none, ArtifactError when ggml fails, StorageError when the disk is full.
+    """
     for kind in (overrides or {}).values():
         if kind not in BLOCKS:
             raise ConfigError(f"{kind!r} is no type of a tensor: choose one of {', '.join(BLOCKS)}")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    staged = out.with_name(f".{out.name}")
-    plain = staged if quantization == "f16" else scratch / "plain.gguf"
-    width = "f16" if quantization == "f16" else "bf16" if "bfloat16" in str(config.get("dtype")) else "f32"
-    try:
-        _run("llama.cpp's converter", "hpc.shrink.gguf_convert", source, plain, width)
-        if plain != staged:
-            _quantize(plain, staged, quantization, scratch, overrides or {}, importance or {})
-        _run("the check of the .gguf file", "hpc.shrink.gguf_check", staged, source)
-        staged.rename(out)
-    finally:
-        staged.unlink(missing_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _quantize(
-    plain: Path, out: Path, quantization: str, scratch: Path, overrides: Mapping[str, str],
-    importance: Mapping[str, npt.NDArray[np.float32]],
-) -> None:  # fmt: skip
     if importance:
         with (scratch / "importance.npz").open("wb") as file:
             np.savez(file, **importance)  # type: ignore[arg-type]
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     job = {
         "source": str(plain), "out": str(out), "quantization": quantization, "threads": cores,
-        "overrides": dict(overrides), "importance": str(scratch / "importance.npz") if importance else None,
+        "overrides": dict(overrides or {}), "importance": str(scratch / "importance.npz") if importance else None,
     }  # fmt: skip
     (scratch / "job.json").write_text(json.dumps(job), encoding="utf-8")
     _run("llama.cpp's quantizer", "hpc.shrink.gguf_quantize", scratch / "job.json")

@@ -53,13 +53,22 @@ def choose_types(
         if not is_quantizable(name, shape):
             continue
         asked = next((kind for pattern, kind in overrides.items() if re.search(pattern, name)), None)
-        if asked is None and (name == "output.weight" or (tied and name == "token_embd.weight")):
-            asked = _head(FILE_TYPES[quantization][0], shape[-1])
         if asked is None:
-            order = values.index(name) if _is_value(name) else 0
-            asked = _mixed(quantization, name, facts, order, len(values))
-        chosen[name] = fitting(asked, shape[-1])
+            head = "output.weight" if tied and name == "token_embd.weight" else name
+            chosen[name] = type_of(
+                quantization, head, shape[-1], facts, values.index(name) if _is_value(name) else 0, len(values)
+            )
+        else:
+            chosen[name] = fitting(asked, shape[-1])
     return chosen
+
+
+def type_of(quantization: str, name: str, row: int, facts: Facts, order: int, num_values: int) -> str:
+    """The type of a matrix that is quantized. row: its columns; order: which of all matrices of values it is, of
+    num_values. A tied embedding is asked for as `output.weight`."""
+    if name == "output.weight":
+        return fitting(_head(FILE_TYPES[quantization][0], row), row)
+    return fitting(_mixed(quantization, name, facts, order, num_values), row)
 
 
 def is_quantizable(name: str, shape: tuple[int, ...]) -> bool:
@@ -89,8 +98,8 @@ def _head(base: str, row: int) -> str:
     return "Q8_0" if base == "Q8_0" or row % BLOCKS[base] else "Q6_K"
 
 
-def _more_bits(position: int, count: int) -> bool:
-    """The first and last eighth of the layers, and every third between."""
+def more_bits(position: int, count: int) -> bool:
+    """The first and last eighth of the layers, and every third between; mlx-lm's mixed recipes have it too."""
     return position < count // 8 or position >= 7 * count // 8 or (position - count // 8) % 3 == 2
 
 
@@ -120,7 +129,7 @@ def _of_values(quantization: str, base: str, facts: Facts, order: int, count: in
         kind = "Q5_K" if order < 2 else "Q4_K"
     elif quantization == "iq4_xs" and shared:
         kind = "Q5_K"
-    elif quantization in ("q4_k_m", "q5_k_m") and _more_bits(order, count):
+    elif quantization in ("q4_k_m", "q5_k_m") and more_bits(order, count):
         kind = "Q6_K"
     is_llama_70b = facts.num_layers == 80 and not facts.num_experts and facts.heads_per_kv > 1
     return "Q5_K" if is_llama_70b and kind in ("Q3_K", "Q4_K") else kind
@@ -132,7 +141,7 @@ def _of_down(quantization: str, base: str, facts: Facts, layer: int) -> str:
         return "Q3_K"
     if quantization == "q3_k_m":
         return "Q5_K" if layer < facts.num_layers // 16 else "Q4_K"
-    if quantization in ("q4_k_m", "q5_k_m") and _more_bits(layer, facts.num_layers):
+    if quantization in ("q4_k_m", "q5_k_m") and more_bits(layer, facts.num_layers):
         return "Q6_K"
     if quantization == "iq4_xs" and first and not facts.has_importance:
         return "Q5_K"

@@ -5,19 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hpc.config import Export
+from hpc.data.store import TokenStore
 from hpc.errors import ArtifactError
+from hpc.model.build import load_model
 from hpc.run.directory import file_sizes
 from hpc.run.task import Context, Result
 from hpc.runtimes.remote import Remote
 from hpc.runtimes.tokens import PROBES, check_special, check_tokens
+from hpc.shrink.calibration import windows
 from hpc.shrink.formats import LaptopFormat, laptop_format
+from hpc.shrink.importance import collect
 from hpc.shrink.matrices import MatrixErrors, check_matrices
 from hpc.shrink.proof import Agreement, Continued, check_agreement, compare, continue_both
 from hpc.stages.common import PROBE_LENGTH, probe_sequences, workspace
 
 NEW_TOKENS = 32
 """Of each prompt's continuation."""
+LONGEST = 512
+"""Ids of a sequence that the importance of columns is measured on."""
 
 
 def run(context: Context) -> Result:
@@ -43,7 +51,7 @@ def run(context: Context) -> Result:
             told(f"comparing the conversion with {name}")
             converted = _converted(original, plain, made, sequences[:2])
             told(f"writing {stage.format}")
-            path = made.write(source, plain, staging)
+            path = made.write(source, plain, staging, _importance(context, stage, source))
             proof = prove(made, stage, original, plain, path, sequences, told)
         staging.rename(artifact)
     census = made.census(next(artifact.glob("*.gguf"), artifact))
@@ -88,6 +96,17 @@ def prove(
             "tokens_per_s": exported.writing.rate,
         }
     return Proof(errors, agreement, texts, runtime)
+
+
+def _importance(context: Context, stage: Export, source: Path) -> dict[str, Any]:
+    """How much each column of each matrix counts, on held-in text; nothing where the stage asks for none."""
+    if not stage.importance_tokens or not stage.format.startswith("gguf"):
+        return {}
+    context.progress("measuring which columns count")
+    texts = [TokenStore(folder / "train").tokens for _, folder in context.inputs("tokens")]
+    model = load_model(source).eval()
+    length = min(LONGEST, int(model.config.max_position_embeddings))
+    return collect(model, torch.from_numpy(windows(texts, stage.importance_tokens, length)))
 
 
 def _converted(original: Remote, plain: Path, made: LaptopFormat, sequences: list[list[int]]) -> Agreement:

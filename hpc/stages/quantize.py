@@ -50,6 +50,14 @@ class Looked:
     bits: dict[str, int] = field(default_factory=dict)
     """Bits of the parts, where there is a budget."""
 
+    @property
+    def usual_bits(self) -> int | None:
+        """What most weights get, where there is a budget."""
+        weights: Counter[int] = Counter()
+        for name, bits in self.bits.items():
+            weights[bits] += self.units[name].parameters
+        return weights.most_common(1)[0][0] if weights else None
+
     def bits_of(self, usual: int) -> dict[str, int]:
         """Matrices that get other bits than the usual."""
         return {
@@ -84,7 +92,7 @@ def run(context: Context) -> Result:
     check_vocabulary(context, name, config)
     matrices, expert_parameters = _matrices(source)
     looked = _look(context, stage, source, config) if stage.looks_at_text else Looked()
-    usual = Counter(looked.bits.values()).most_common(1)[0][0] if looked.bits else stage.bits
+    usual = looked.usual_bits or stage.bits
 
     artifact = context.directory.artifact
     words = f"quantizing to {'about ' if looked.bits else ''}{usual} bits"
@@ -143,7 +151,7 @@ def run(context: Context) -> Result:
     }
     read_back = f"measured: artifact read back by transformers beside its source, {agreement.tokens:,} {of_what} ids"
     provenance = {
-        "bits": "derived: from the configuration; of most matrices where there is a budget",
+        "bits": "derived: from the configuration; of most weights where there is a budget",
         "bits_per_weight": "derived: weight files / parameters, embedding and head included",
         "matrix_bits_per_weight": "derived: bytes of quantized matrices with scales and zero points / their weights",
         "expert_bits_per_weight": "derived: bytes of expert tensors / expert parameters",

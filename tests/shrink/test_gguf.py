@@ -10,8 +10,8 @@ import torch
 
 from hpc.errors import ArtifactError, ConfigError
 from hpc.runtimes.llama_cpp import LlamaCpp
+from hpc.runtimes.tokens import check_tokens
 from hpc.shrink import gguf as door
-from hpc.shrink.gguf_check import check_tokens
 from hpc.shrink.gguf_mix import Facts, choose_types
 from hpc.shrink.gguf_quantize import quantize
 from tests.shrink import wide
@@ -117,16 +117,6 @@ def test_values_that_are_no_numbers_are_refused(converted: Converted, tmp_path: 
         quantize(tmp_path / "nan.gguf", tmp_path / "out.gguf", "q4_k_m", 1, {}, {})
 
 
-def test_an_export_is_whole_or_not_there(converted: Converted, tmp_path: Path) -> None:
-    _, folder, _ = converted("qwen3_moe")
-    out = tmp_path / "model.gguf"
-    door.export(folder, out, "q4_k_m", tmp_path / "scratch")
-    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
-    runner = LlamaCpp(out, 64, 1)
-    assert runner.chat_prompt([{"role": "user", "content": "Hi"}]) == "<user>Hi\n<assistant>"
-    assert door.census(out)["experts"]["types"] == {"Q4_K": 5, "Q6_K": 1}
-
-
 def test_a_tokenizer_that_llama_cpp_would_misread_is_refused(converted: Converted, tmp_path: Path) -> None:
     _, folder, file = converted("llama")
     content = json.loads((folder / "tokenizer.json").read_text())
@@ -165,9 +155,9 @@ def test_what_llama_cpp_would_run_wrongly_is_refused(kind: str, change: dict[str
 def test_a_refused_export_names_the_model(tmp_path: Path, converted: Converted) -> None:
     wide.CONFIGS["olmoe"]().__class__(**{**wide.SHAPE, "norm_topk_prob": True}).save_pretrained(tmp_path / "mine")
     with pytest.raises(ConfigError, match=r"^mine cannot become a \.gguf file: llama\.cpp takes an olmoe with"):
-        door.export(tmp_path / "mine", tmp_path / "x.gguf", "q8_0", tmp_path / "scratch")
+        door.convert(tmp_path / "mine", tmp_path / "x.gguf")
     with pytest.raises(ConfigError, match="'Q9' is no type of a tensor"):
-        door.export(converted("llama")[1], tmp_path / "x.gguf", "q8_0", tmp_path / "s", overrides={"x": "Q9"})
+        door.quantize(converted("llama")[2], tmp_path / "x.gguf", "q8_0", tmp_path, overrides={"x": "Q9"})
 
 
 def test_bf16_weights_arrive_unchanged(converted: Converted, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The formats that a model can be shipped in, and the bytes of a model in each.
 
-Bits per weight with their scales: GGUF in hpc/plan/inference/gguf_mixes.py; MLX affine in groups of 64 with a scale and
+Bits per weight with their scales: GGUF in hpc/shrink/gguf_mix.py; MLX affine in groups of 64 with a scale and
 a bias of 16 bits each, mixed recipes as in mlx_lm/convert.py 0.32.2; compressed-tensors with a 16-bit scale per group
 of 128 or per row, embedding, head and router in 16 bits.
 """
@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Literal
 
-from hpc.plan.inference.gguf_mixes import MIXES, more_bits
+from hpc.plan.inference.gguf_mixes import MIXES
 from hpc.plan.inference.gguf_mixes import bits as gguf_bits
 from hpc.plan.inference.tensors import Tensor, tensors
 from hpc.plan.shapes import Shape
+from hpc.shrink.gguf_mix import more_bits
 
 Family = Literal["transformers", "compressed-tensors", "gguf", "mlx"]
 Kind = Literal["apple", "gpu", "cpu"]
@@ -107,7 +108,7 @@ _LIST = (
     Format("fp8", "compressed-tensors", partial(_compressed, 8, None)),
     Format("int8", "compressed-tensors", partial(_compressed, 8, 128)),
     Format("int4", "compressed-tensors", partial(_compressed, 4, 128)),
-    *(Format(f"gguf-{mix}", "gguf", partial(gguf_bits, mix)) for mix in MIXES if mix != "bf16"),
+    *(Format(f"gguf-{mix}", "gguf", partial(gguf_bits, mix)) for mix in MIXES),
     *(Format(f"mlx-{low}bit", "mlx", partial(_mlx, low, low)) for low in (8, 6, 4)),
     *(Format(f"mlx-mixed_{low}_6", "mlx", partial(_mlx, low, 6)) for low in (4, 3)),
 )
