@@ -21,6 +21,7 @@ from hpc.runtimes.artifact import locate
 from hpc.runtimes.hugging_face import Transformers
 from hpc.runtimes.remote import Remote
 from hpc.runtimes.runner import Runner
+from hpc.shrink.gguf_file import context_length
 from hpc.stages.common import token_facts
 
 BATCH_SIZE = 8
@@ -83,6 +84,9 @@ def run(context: Context) -> Result:
 
 
 def _context_length(folder: Path) -> int:
+    runtime, path = locate(folder)
+    if runtime == "llama.cpp":
+        return min(LONGEST, context_length(path))
     config = folder / "config.json"
     content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     return min(LONGEST, content.get("max_position_embeddings") or LONGEST)
