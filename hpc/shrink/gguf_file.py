@@ -6,7 +6,19 @@ from pathlib import Path
 from gguf import GGUFReader
 from gguf.quants import dequantize
 
+from hpc.errors import ArtifactError
 from hpc.shrink.matrices import Named
+
+
+def context_length(file: Path) -> int:
+    """Positions that the model of a file was made for."""
+    reader = GGUFReader(str(file))
+    architecture, length = reader.get_field("general.architecture"), None
+    if architecture is not None:
+        length = reader.get_field(f"{architecture.contents()}.context_length")
+    if length is None:
+        raise ArtifactError(f"{file} does not say for how many positions its model was made: export it again")
+    return int(length.contents())
 
 
 def matrices(file: Path) -> Iterator[Named]:

@@ -21,6 +21,7 @@ from hpc.runtimes.artifact import locate
 from hpc.runtimes.hugging_face import Transformers
 from hpc.runtimes.remote import Remote
 from hpc.runtimes.runner import Runner
+from hpc.shrink.gguf_file import context_length
 from hpc.stages.common import token_facts
 
 BATCH_SIZE = 8
@@ -40,7 +41,7 @@ def run(context: Context) -> Result:
     for name, folder in context.inputs("model", "quantized", "exported"):
         context.check_budget()
         context.progress(f"loading {name}")
-        longest = stage.seq_len or _context_length(context, name, folder)
+        longest = stage.seq_len or _context_length(folder)
         runtime, _ = locate(folder)
         with _opened(folder, longest) as model:
             table[name] = {
@@ -82,15 +83,12 @@ def run(context: Context) -> Result:
     )
 
 
-def _context_length(context: Context, name: str, folder: Path) -> int:
-    """Of a model, from its configuration; a .gguf file has that of the model it was made from."""
-    if not (folder / "config.json").is_file():
-        made_by = next(stage for stage in context.task.stages if stage.name == name)
-        source = next(
-            stage for stage in context.task.stages if stage.name in made_by.needs and stage.produces == "model"
-        )
-        folder = context.input_directory(source.name).artifact
-    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+def _context_length(folder: Path) -> int:
+    runtime, path = locate(folder)
+    if runtime == "llama.cpp":
+        return min(LONGEST, context_length(path))
+    config = folder / "config.json"
+    content = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     return min(LONGEST, content.get("max_position_embeddings") or LONGEST)
 
 
