@@ -62,28 +62,15 @@ def to_document(messages: list[Message]) -> str:
 @lru_cache(maxsize=4)
 def template_of(tokenizer: Path) -> Any:
     """The chat template of a tokenizer folder, or the plain one. Raises DataError when it cannot be read."""
-    path = tokenizer / TEMPLATE
-    return _compiled(path.read_text(encoding="utf-8") if path.is_file() else PLAIN, str(path))
-
-
-def prompt_text(template: str, messages: list[Message], **tokens: str) -> str:
-    """A conversation up to where the next answer begins; tokens: `bos_token` and others that a template names.
-
-    Raises DataError when the template cannot be read or refuses the conversation.
-    """
-    try:
-        return str(_compiled(template, TEMPLATE).render(messages=messages, add_generation_prompt=True, **tokens))
-    except (TemplateError, SecurityError, TypeError) as error:
-        raise DataError(f"the chat template refuses the conversation: {error}") from None
-
-
-def _compiled(text: str, where: str) -> Any:
+    text = PLAIN
+    if (tokenizer / TEMPLATE).is_file():
+        text = (tokenizer / TEMPLATE).read_text(encoding="utf-8")
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = _refuse
     try:
         return environment.from_string(text)
     except TemplateError as error:
-        raise DataError(f"{where} is not a template that can be read: {error}") from None
+        raise DataError(f"{tokenizer / TEMPLATE} is not a template that can be read: {error}") from None
 
 
 def _refuse(message: str) -> None:

@@ -80,7 +80,7 @@ def _adapted(model: Runner, context_length: int, prefix_id: int) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    class Adapted(TemplateLM):  # type: ignore[misc]
+    class Adapted(TemplateLM):  # type: ignore[misc]  # lm-eval has no types
         """A Runner as lm-eval wants a model: one request at a time."""
 
         @property

@@ -8,10 +8,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from hpc.data.chat import TEMPLATE, prompt_text
+from hpc.data.chat import TEMPLATE
 from hpc.data.tokenizer import load_tokenizer
 from hpc.model.build import load_model
 from hpc.runtimes.runner import Sampling
+from hpc.runtimes.sampling import choose
+from hpc.runtimes.templates import render_prompt
 
 
 class Transformers:
@@ -25,6 +27,7 @@ class Transformers:
         self._plain = load_tokenizer(folder)
         self._plain.encode_special_tokens = True
         self._template = folder / TEMPLATE
+        self._named_tokens = [_named_token(folder, name) for name in ("bos_token", "eos_token")]
         self._ends = _ends(folder, self.model.config.eos_token_id)
         self.vocab_size = int(self.model.config.vocab_size)
 
@@ -55,13 +58,13 @@ class Transformers:
 
     def stream(self, ids: list[int], max_tokens: int, sampling: Sampling) -> Iterator[int]:
         """As in Runner."""
-        random = torch.Generator().manual_seed(sampling.seed)
+        random = np.random.default_rng(sampling.seed)
         new, cache = torch.tensor([ids], device=self._device), None
         for _ in range(max_tokens):
             with torch.no_grad():
                 output = self.model(input_ids=new, past_key_values=cache, use_cache=True)
             cache = output.past_key_values
-            token = _choose(output.logits[0, -1].float().cpu(), sampling, random)
+            token = choose(output.logits[0, -1].float().cpu().numpy(), sampling, random)
             if token in self._ends:
                 return
             yield token
@@ -71,12 +74,19 @@ class Transformers:
         """As in Runner."""
         if not self._template.is_file():
             return None
-        return prompt_text(self._template.read_text(encoding="utf-8"), messages)
+        return render_prompt(self._template.read_text(encoding="utf-8"), messages, *self._named_tokens)
 
     def memory_bytes(self) -> int | None:
         """As in Runner: parameters and buffers."""
         tensors: list[torch.Tensor] = [*self.model.parameters(), *self.model.buffers()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _named_token(folder: Path, name: str) -> str | None:
+    """A token that a chat template may name, from tokenizer_config.json."""
+    path = folder / "tokenizer_config.json"
+    token = json.loads(path.read_text(encoding="utf-8")).get(name) if path.is_file() else None
+    return token.get("content") if isinstance(token, dict) else token
 
 
 def _ends(folder: Path, config_end: int | list[int] | None) -> set[int]:
@@ -85,10 +95,3 @@ def _ends(folder: Path, config_end: int | list[int] | None) -> set[int]:
     content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     end = content.get("eos_token_id", config_end)
     return set() if end is None else {end} if isinstance(end, int) else set(end)
-
-
-def _choose(logits: torch.Tensor, sampling: Sampling, random: torch.Generator) -> int:
-    if sampling.temperature == 0:
-        return int(logits.argmax())
-    best, ids = logits.topk(min(sampling.top_k, len(logits)))
-    return int(ids[torch.multinomial((best / sampling.temperature).softmax(-1), 1, generator=random)])

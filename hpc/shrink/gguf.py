@@ -96,7 +96,7 @@ def quantize(
             raise ConfigError(f"{kind!r} is no type of a tensor: choose one of {', '.join(BLOCKS)}")
     if importance:
         with (scratch / "importance.npz").open("wb") as file:
-            np.savez(file, **importance)  # type: ignore[arg-type]
+            np.savez(file, **importance)  # type: ignore[arg-type]  # names of tensors are no option of savez
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     job = {
         "source": str(plain), "out": str(out), "quantization": quantization, "threads": cores,
