@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from multiprocessing.forkserver import _forkserver
 from typing import Any
 
 import pytest
@@ -10,11 +11,17 @@ from hpc.bench import peers
 from hpc.bench.train import case, compare, row_line
 from hpc.bench.turns import Failed, Side, Turns, serve
 from hpc.config.train import Training
+from tests import ranks
 
 
 @pytest.fixture(scope="module", autouse=True)
-def server() -> None:
+def server() -> Iterator[None]:
+    """A server with the environment asked for: that of tests/ranks.py, if it runs, was started in another."""
+    _forkserver._stop()  # what unit tests have it for
     serve(["hpc.bench.peers"], {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"})
+    yield
+    _forkserver._stop()
+    ranks.SERVER.set_forkserver_preload(list(ranks.LIBRARIES))
 
 
 def counting(turns: Turns, first: int) -> None:
