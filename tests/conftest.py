@@ -64,7 +64,7 @@ def quickstart_command(folder: Path, *more: str) -> list[str]:
         "stages.evaluate.tokens=4096",
         "stages.evaluate.generate_tokens=12",
         "stages.evaluate.timed_seconds=0.2",
-        "stages.export.matrix.format=[gguf-q4_k_m]",
+        "stages.gguf.matrix.type=[q4_k_m]",
         *more,
     ]
     return ["configs/quickstart.yaml", *(word for override in overrides for word in ("--set", override))]

@@ -29,7 +29,7 @@ from tests.chain.test_quickstart import receipt
 from tests.conftest import Launch, quickstart_command
 from tests.data.preparation import MACHINE
 
-EXPORTED = "export-gguf-q4_k_m"
+EXPORTED = "gguf-q4_k_m"
 
 
 def told(*words: object) -> tuple[int, str]:
@@ -42,7 +42,7 @@ def told(*words: object) -> tuple[int, str]:
 
 
 def test_the_receipt_of_an_export_says_what_it_costs_and_what_was_seen(quickstart: Path) -> None:
-    eight, four = (receipt(quickstart, name) for name in ("export-gguf-q8_0", EXPORTED))
+    eight, four = (receipt(quickstart, name) for name in ("gguf-q8_0", EXPORTED))
     metrics, provenance = four["metrics"], four["provenance"]
     assert metrics["runtime"] == "llama.cpp"
     assert metrics["kl"] < 0.05
@@ -72,7 +72,7 @@ def test_evaluation_runs_it_in_llama_cpp_and_the_page_shows_it(quickstart: Path)
         assert metrics["runtimes"][name]["j_per_token"] > 0
     page = (quickstart / "report.html").read_text()
     shrunken = page.split("<h2>Shrunken models</h2>")[1].split("</section>")[0]
-    for words in ("<td>quantize</td>", f"<td>{EXPORTED}</td>", "<td>export-gguf-q8_0</td>", "llama.cpp"):
+    for words in ("<td>quantize</td>", f"<td>{EXPORTED}</td>", "<td>gguf-q8_0</td>", "llama.cpp"):
         assert words in shrunken
 
 
