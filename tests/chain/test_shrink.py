@@ -42,11 +42,10 @@ def told(*words: object) -> tuple[int, str]:
 
 
 def test_the_receipt_of_an_export_says_what_it_costs_and_what_was_seen(quickstart: Path) -> None:
-    eight, four = (receipt(quickstart, name) for name in ("gguf-q8_0", EXPORTED))
+    four = receipt(quickstart, EXPORTED)
     metrics, provenance = four["metrics"], four["provenance"]
     assert metrics["runtime"] == "llama.cpp"
     assert metrics["kl"] < 0.05
-    assert eight["metrics"]["kl"] < 0.1 * metrics["kl"]
     assert metrics["conversion_kl"] < 1e-4
     assert 0.98 < metrics["perplexity_ratio"] < 1.02
     assert metrics["top1_agreement"] > 0.9
@@ -72,7 +71,7 @@ def test_evaluation_runs_it_in_llama_cpp_and_the_page_shows_it(quickstart: Path)
         assert metrics["runtimes"][name]["j_per_token"] > 0
     page = (quickstart / "report.html").read_text()
     shrunken = page.split("<h2>Shrunken models</h2>")[1].split("</section>")[0]
-    for words in ("<td>quantize</td>", f"<td>{EXPORTED}</td>", "<td>gguf-q8_0</td>", "llama.cpp"):
+    for words in ("<td>quantize</td>", f"<td>{EXPORTED}</td>", "llama.cpp"):
         assert words in shrunken
 
 

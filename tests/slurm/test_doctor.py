@@ -52,7 +52,7 @@ def test_ranks_and_cores_can_be_asked_of_srun_only(healthy: Cluster, launch: Lau
 @pytest.mark.parametrize(
     ("override", "expected", "remedy"),
     [
-        ("network_interface=ib7", "network_interface 'ib7' has no IPv4 address on n1", "network_interface"),
+        ("network_interface=ib7", "network_interface 'ib7' has no IPv4 address on n", "network_interface"),
         ("python=/nowhere/python", "/nowhere/python", "interpreter"),
         ('setup=["module load nothing-of-that-name"]', "setup failed: module load nothing-of-that-name", "interpreter"),
     ],
