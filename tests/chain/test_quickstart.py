@@ -124,7 +124,7 @@ def test_the_report_stage_leaves_a_page_and_a_card_of_every_model(quickstart: Pa
     cards = {path.parent.name for path in artifact.glob("cards/*/README.md")}
     assert cards == {"pretrain", "lora-modern", "lora-python", "merge-modern", "merge-python", "quantize", *EXPORTS}
     assert "11 of 11 stages are done" in (quickstart / "report.html").read_text()
-    assert receipt(quickstart, "report")["metrics"]["cards"] == 8
+    assert receipt(quickstart, "report")["metrics"]["cards"] == 7
 
 
 def test_a_second_launch_reuses_everything(quickstart: Path, launch: Launch) -> None:
