@@ -50,8 +50,10 @@ def write_for_a_while(model: Runner, prompt: str, context_length: int, seconds: 
 
 
 def joules_per_token(stage_directory: Path, attempt: int, writing: Writing) -> float | None:
-    """Joules of the node in that time / new tokens; None where no counter or model gave a total."""
+    """Joules of the node in that time / new tokens; None where no counter or model gave a
+    total, or the samples do not reach over all of it."""
     found = [one for one in read_samples(stage_directory) if one.attempt == attempt and one.has_total]
-    if not found or not writing.tokens:
+    lasted = writing.ended - writing.began
+    if not found or not writing.tokens or any(one.seconds(writing.began, writing.ended) < lasted for one in found):
         return None
     return sum(one.between(writing.began, writing.ended) for one in found) / writing.tokens
