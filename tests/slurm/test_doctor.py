@@ -52,7 +52,7 @@ def test_ranks_and_cores_can_be_asked_of_srun_only(healthy: Cluster, launch: Lau
 @pytest.mark.parametrize(
     ("override", "expected", "remedy"),
     [
-        ("network_interface=ib7", "network_interface 'ib7' has no IPv4 address on n", "network_interface"),
+        ("network_interface=ib7", "network_interface 'ib7' has no IPv4 address on n1", "network_interface"),
         ("python=/nowhere/python", "/nowhere/python", "interpreter"),
         ('setup=["module load nothing-of-that-name"]', "setup failed: module load nothing-of-that-name", "interpreter"),
     ],
@@ -60,7 +60,7 @@ def test_ranks_and_cores_can_be_asked_of_srun_only(healthy: Cluster, launch: Lau
 def test_a_site_that_does_not_is_told_where(
     healthy: Cluster, launch: Launch, tmp_path: Path, override: str, expected: str, remedy: str
 ) -> None:
-    code, found, _ = examined(launch, tmp_path, "--site-set", override, "--ranks-per-node", "1")
+    code, found, _ = examined(launch, tmp_path, "--site-set", override)
     assert code == 8
     assert found["ranks"]["level"] == "problem"
     assert expected in found["ranks"]["what"]
