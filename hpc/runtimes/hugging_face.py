@@ -17,12 +17,11 @@ from hpc.runtimes.templates import render_prompt
 
 
 class Transformers:
-    """A transformers folder; on a GPU where there is one, in fp32 on a CPU and in its own precision on a GPU."""
+    """A transformers folder in fp32, on a GPU where there is one: what others are compared with is not rounded."""
 
     def __init__(self, folder: Path) -> None:
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        dtype = torch.float32 if self._device == "cpu" else torch.bfloat16
-        self.model = load_model(folder, dtype).eval().to(self._device)
+        self.model = load_model(folder, torch.float32).eval().to(self._device)
         self._tokenizer = load_tokenizer(folder)
         self._plain = load_tokenizer(folder)
         self._plain.encode_special_tokens = True

@@ -76,7 +76,7 @@ def run(context: Context) -> Result:
         metrics,
         {
             "models": "measured: held-out tokens of each set in windows of the context length, no document sees "
-            "another, by the artifact's runtime (transformers: fp32 on a CPU); perplexity, bits_per_byte derived",
+            "another, by the artifact's runtime (transformers: fp32); perplexity, bits_per_byte derived",
             "tasks": "measured: lm-eval, every model by its own runtime",
             "samples": "measured: sampled with temperature 0.8, top-k 40, one seed, by the artifact's runtime",
             "runtimes": f"measured: {stage.timed_seconds:g} s of writing one answer at a time; j_per_token: the node's "

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,16 +12,18 @@ from hpc.errors import ConfigError
 from hpc.evaluate.harness import ask, read_task
 from hpc.runtimes.hugging_face import Transformers
 
-DOCUMENTS = [
+DOCUMENTS: list[dict[str, Any]] = [
     {"question": "the tokenizer and", "choices": [" the", " of", " a chat template"], "answer": 2},
     {"question": "def tiny", "choices": ["_model(", " people", "="], "answer": 0},
     {"question": "A small Mixtral with", "choices": [" of", " a tokenizer", " hpc"], "answer": 1},
 ]
-CHOICES = """
-task: small_choices
+DATA = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: questions.jsonl}}
 test_split: test
+"""
+CHOICES = """
+task: small_choices
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 doc_to_choice: "{{choices}}"
@@ -30,9 +33,6 @@ metric_list: [{metric: acc}]
 """
 ROLLING = """
 task: small_text
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
 output_type: loglikelihood_rolling
 doc_to_text: ""
 doc_to_target: "{{question}}"
@@ -40,9 +40,6 @@ metric_list: [{metric: bits_per_byte}]
 """
 WRITING = """
 task: small_writing
-dataset_path: json
-dataset_kwargs: {data_files: {test: questions.jsonl}}
-test_split: test
 output_type: generate_until
 doc_to_text: "{{question}}"
 doc_to_target: "nobody says this"
@@ -57,7 +54,7 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "questions.jsonl").write_text("\n".join(map(json.dumps, DOCUMENTS)), encoding="utf-8")
     for name, text in (("choices", CHOICES), ("rolling", ROLLING), ("writing", WRITING)):
-        (tmp_path / f"{name}.yaml").write_text(text, encoding="utf-8")
+        (tmp_path / f"{name}.yaml").write_text(DATA + text, encoding="utf-8")
     return tmp_path
 
 
@@ -81,18 +78,18 @@ def best_choices(model: Transformers) -> float:
     """Part of the questions whose right choice is the likeliest."""
     right = 0
     for document in DOCUMENTS:
-        context = model.encode(str(document["question"]))
+        context = model.encode(document["question"])
         losses = []
-        for choice in document["choices"]:  # type: ignore[attr-defined]
-            whole = model.encode(str(document["question"]) + choice)
+        for choice in document["choices"]:
+            whole = model.encode(document["question"] + choice)
             losses.append(loss(model, context, whole[len(context) :]))
         right += int(np.argmin(losses)) == document["answer"]
     return right / len(DOCUMENTS)
 
 
 def bits_per_byte(model: Transformers) -> float:
-    nats = sum(loss(model, [0], model.encode(str(document["question"]))) for document in DOCUMENTS)
-    return nats / math.log(2) / sum(len(str(document["question"]).encode()) for document in DOCUMENTS)
+    nats = sum(loss(model, [0], model.encode(document["question"])) for document in DOCUMENTS)
+    return nats / math.log(2) / sum(len(document["question"].encode()) for document in DOCUMENTS)
 
 
 @pytest.mark.parametrize(
